@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Batch files: many applies from one TOML file, and the file that would make them again."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror
+from overlayd.model import Options, Request, State, check_name, parse_size, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from overlayd.manager import Manager, Prepared
+    from overlayd.model import Overlay
+    from overlayd.progress import Progress
+
+_STRINGS: Final = ("name", "source", "target")
+_FLAGS: Final = tuple(Options.__dataclass_fields__)
+_MAX_BYTES: Final = 8 << 20
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one overlay of a batch."""
+
+    request: Request
+    overlay: Overlay | None = None
+    error: OverlaydError | None = None
+
+
+def read(path: Path) -> list[Request]:
+    """Read a batch file; a relative source is relative to the file's directory.
+
+    :raises RefusedError: with the table's number and the key.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise from_oserror(error, f"reading {shown(str(path))}") from None
+    where = shown(str(path))
+    if len(data) > _MAX_BYTES:
+        message = f"{where}: larger than 8 MiB"
+        raise RefusedError(message)
+    try:
+        tables = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = f"{where}: not TOML: {error}"
+        raise RefusedError(message) from None
+    entries = tables.pop("overlay", None)
+    if tables or not isinstance(entries, list) or not entries:
+        extra = f"; {', '.join(map(shown, tables))} is unknown" if tables else ""
+        message = f"{where}: must hold [[overlay]] tables and nothing else{extra}"
+        raise RefusedError(message, hint="'overlayd dump' writes such a file")
+    folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120
+    requests = [
+        _request(entry, f"{where}: overlay {number}", folder)
+        for number, entry in enumerate(entries, 1)
+    ]
+    names = [request.name for request in requests]
+    for name in names:
+        if names.count(name) > 1:
+            message = f"{where}: two overlays are named {name!r}"
+            raise RefusedError(message)
+    return requests
+
+
+def _request(entry: object, where: str, folder: str) -> Request:
+    if not isinstance(entry, dict):
+        message = f"{where}: must be a table"
+        raise RefusedError(message)
+    texts: dict[str, str] = {}
+    flags: dict[str, bool] = {}
+    size = None
+    for key, value in entry.items():
+        if key in _STRINGS or key == "size":
+            if not isinstance(value, str) or "\0" in value:
+                message = f"{where}: {key} must be a string"
+                raise RefusedError(message)
+            texts[key] = value
+        elif key in _FLAGS:
+            if not isinstance(value, bool):
+                message = f"{where}: {key} must be true or false"
+                raise RefusedError(message)
+            flags[key] = value
+        else:
+            message = f"{where}: {shown(key)}: no such key"
+            raise RefusedError(message, hint=f"there are {', '.join((*_STRINGS, 'size', *_FLAGS))}")
+    for key in _STRINGS:
+        if not texts.get(key):
+            message = f"{where}: {key} is missing"
+            raise RefusedError(message)
+    try:
+        check_name(texts["name"])
+        if "size" in texts:
+            size = parse_size(texts["size"])
+    except RefusedError as error:
+        message = f"{where}: {error.message}"
+        raise RefusedError(message, hint=error.hint) from None
+    if not texts["target"].startswith("/"):
+        message = f"{where}: target must be an absolute path"
+        raise RefusedError(message)
+    return Request(
+        name=texts["name"],
+        source=os.path.join(folder, texts["source"]),  # noqa: PTH118
+        target=texts["target"],
+        options=Options(**flags),
+        size=size,
+    )
+
+
+def run(
+    requests: Sequence[Request],
+    manager: Callable[[], Manager],
+    progress: Progress,
+    *,
+    jobs: int,
+    atomic: bool,
+) -> list[Outcome]:
+    """Apply *requests*, copying *jobs* of them at a time; say what became of each.
+
+    With *atomic* nothing is shown before everything is copied, and if one fails none stays.
+    """
+    outcomes = [Outcome(request) for request in requests]
+    if atomic:
+        _atomic(outcomes, manager, progress, jobs)
+        return outcomes
+
+    def one(outcome: Outcome) -> None:
+        try:
+            outcome.overlay = manager().apply(outcome.request, progress)
+        except OverlaydError as error:
+            outcome.error = error
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, outcomes))
+    return outcomes
+
+
+def _atomic(
+    outcomes: Sequence[Outcome], manager: Callable[[], Manager], progress: Progress, jobs: int
+) -> None:
+    prepared: dict[int, Prepared] = {}
+
+    def one(index: int) -> None:
+        outcome = outcomes[index]
+        try:
+            if any(other.error is not None for other in outcomes):
+                return
+            prepared[index] = manager().prepare(outcome.request, progress)
+        except OverlaydError as error:
+            outcome.error = error
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, range(len(outcomes))))
+    failed = any(outcome.error is not None for outcome in outcomes)
+    for index, outcome in enumerate(outcomes):
+        if failed:
+            break
+        try:
+            outcome.overlay = prepared.pop(index).commit()
+        except OverlaydError as error:
+            outcome.error = error
+            failed = True
+    if not failed:
+        return
+    for waiting in prepared.values():
+        waiting.abandon()
+    for outcome in outcomes:
+        if outcome.overlay is not None:
+            # Lazily: somebody may have looked into it in the moment it was there.
+            try:
+                manager().remove(outcome.request.name, lazy=True)
+            except OverlaydError as error:
+                outcome.error = error
+            outcome.overlay = None
+        if outcome.error is None:
+            message = "not applied, as another overlay of the batch failed"
+            outcome.error = RefusedError(message)
+
+
+def dump(overlays: Sequence[Overlay]) -> str:
+    """Return the batch file that makes *overlays* again, without what was edited since.
+
+    :raises RefusedError: for a path that TOML cannot hold.
+    """
+    import tomli_w  # noqa: PLC0415  # only this command needs it
+
+    tables = []
+    for overlay in overlays:
+        record = overlay.record
+        if overlay.state is State.DRAINING:
+            continue
+        # A file that was laid into a directory was asked for with that directory as TARGET.
+        table: dict[str, str | bool] = {
+            "name": record.name,
+            "source": record.source,
+            "target": record.target,
+        }
+        for key, value in table.items():
+            try:
+                str(value).encode()
+            except UnicodeEncodeError:
+                message = f"{record.name}: {key} {shown(str(value))} is not UTF-8, TOML is"
+                raise RefusedError(message) from None
+        table |= {flag: True for flag in _FLAGS if getattr(record.options, flag)}
+        if record.size:
+            table["size"] = f"{-(-record.size // 1024)}K"
+        tables.append(table)
+    head = "# overlays, as 'overlayd batch' reads them; what was edited in them is not here\n"
+    # One table each by hand: tomli_w writes short tables inline.
+    return head + "".join(f"\n[[overlay]]\n{tomli_w.dumps(table)}" for table in tables)
+
+
+def worst(outcomes: Sequence[Outcome]) -> OverlaydError | None:
+    """Return the error that decides the exit code: an interruption, else the first."""
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    interrupted = [error for error in errors if isinstance(error, InterruptedByUserError)]
+    return (interrupted or errors or [None])[0]

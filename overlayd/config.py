@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The configuration: where it lies, how files override one another, what is accepted.
+
+A file that cannot be understood whole is refused with file, key and reason: a limit that was
+mistyped must not silently become the default.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from overlayd.errors import OverlaydError, RefusedError, from_oserror
+from overlayd.model import parse_size, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+VENDOR: Final = Path("/usr/lib/overlayd/overlayd.toml")
+LOCAL: Final = Path("/etc/overlayd/overlayd.toml")
+DROP_INS: Final = Path("/etc/overlayd/overlayd.toml.d")
+_MAX_BYTES: Final = 1 << 20
+_MAX_DEPTH: Final = 200
+"""Directory descriptors per level of a source are three; 600 stay below the usual limit of 1024."""
+
+
+class FlaggedAction(StrEnum):
+    """What happens when a source holds flagged files."""
+
+    IGNORE = "ignore"
+    WARN = "warn"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be configured; sizes in bytes."""
+
+    overlays: int
+    upper_size: int
+    upper_inodes: int
+    source_size: int
+    source_entries: int
+    source_depth: int
+    memory_reserve: int
+    critical_trees: tuple[str, ...]
+    flagged_patterns: tuple[str, ...]
+    flagged_root: FlaggedAction
+    files: tuple[str, ...]
+
+
+def _count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 40:
+        return value
+    reason = "must be a whole number from 1"
+    raise ValueError(reason)
+
+
+def _depth(value: object) -> int:
+    if (depth := _count(value)) <= _MAX_DEPTH:
+        return depth
+    reason = f"must be at most {_MAX_DEPTH}"
+    raise ValueError(reason)
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except RefusedError as error:
+            reason = f"{error.message}: {error.hint}"
+            raise ValueError(reason) from None
+    reason = 'must be a string such as "64M"'
+    raise ValueError(reason)
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    reason = "must be a list of strings"
+    raise ValueError(reason)
+
+
+def _trees(value: object) -> tuple[str, ...]:
+    trees = _strings(value)
+    for tree in trees:
+        parts = tree.split("/")
+        if parts[:2] != ["", "usr"] or any(part in {"", ".", ".."} for part in parts[1:]):
+            reason = f"{shown(tree)!r} must be an absolute path under /usr without . and .."
+            raise ValueError(reason)
+    return trees
+
+
+def _patterns(value: object) -> tuple[str, ...]:
+    patterns = _strings(value)
+    for pattern in patterns:
+        if "/" in pattern:
+            reason = f"{shown(pattern)!r} must match a file name, not a path"
+            raise ValueError(reason)
+    return patterns
+
+
+def _action(value: object) -> FlaggedAction:
+    try:
+        return FlaggedAction(str(value))
+    except ValueError:
+        reason = f"must be one of {', '.join(FlaggedAction)}"
+        raise ValueError(reason) from None
+
+
+_KEYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[object], object]]]]] = {
+    "limits": {
+        "overlays": ("overlays", _count),
+        "upper_size": ("upper_size", _size),
+        "upper_inodes": ("upper_inodes", _count),
+        "source_size": ("source_size", _size),
+        "source_entries": ("source_entries", _count),
+        "source_depth": ("source_depth", _depth),
+        "memory_reserve": ("memory_reserve", _size),
+    },
+    "critical": {"trees": ("critical_trees", _trees)},
+    "flagged": {"patterns": ("flagged_patterns", _patterns), "root": ("flagged_root", _action)},
+}
+
+
+def parse(text: str, name: str) -> dict[str, object]:
+    """Return the settings in the TOML *text*; *name* is the file's, for errors.
+
+    :raises RefusedError: with file, key and reason.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        message = f"{name}: not TOML: {error}"
+        raise RefusedError(message) from None
+    settings: dict[str, object] = {}
+    for table, keys in tables.items():
+        known = _KEYS.get(table)
+        if known is None or not isinstance(keys, dict):
+            message = f"{name}: [{shown(table)}]: no such table"
+            raise RefusedError(message, hint=f"there are {', '.join(_KEYS)}")
+        for key, value in keys.items():
+            if key not in known:
+                message = f"{name}: {table}.{shown(key)}: no such key"
+                raise RefusedError(message, hint=f"[{table}] has {', '.join(known)}")
+            field, getter = known[key]
+            try:
+                settings[field] = getter(value)
+            except ValueError as error:
+                message = f"{name}: {table}.{key}: {error}"
+                raise RefusedError(message) from None
+    return settings
+
+
+def _read(path: Path, *, guard: bool) -> str:
+    """Return the text of *path*; with *guard* only if nobody but root could have written it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(fd, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            message = f"{path}: not a regular file"
+            raise RefusedError(message)
+        if guard and (facts.st_uid != 0 or facts.st_mode & 0o022):
+            message = f"{path}: must belong to root and be writable by root alone"
+            raise RefusedError(message, hint=f"chown root {path}; chmod go-w {path}")
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        message = f"{path}: larger than 1 MiB"
+        raise RefusedError(message)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        message = f"{path}: not UTF-8"
+        raise RefusedError(message) from None
+
+
+def load(file: Path | None = None) -> Config:
+    """Return the configuration: the defaults, then *file* alone if given, else the machine's.
+
+    :raises OverlaydError: for anything that cannot be read or understood.
+    """
+    settings = parse(
+        resources.files("overlayd").joinpath("overlayd.toml").read_text("utf-8"), "the defaults"
+    )
+    used: list[str] = []
+    if file is not None:
+        chain = [file]
+    else:
+        drop_ins = sorted(DROP_INS.glob("*.toml")) if DROP_INS.is_dir() else []
+        chain = [path for path in (VENDOR, LOCAL, *drop_ins) if path.exists()]
+    for path in chain:
+        try:
+            text = _read(path, guard=file is None)
+        except OSError as error:
+            raise from_oserror(error, f"reading {shown(str(path))}") from None
+        settings.update(parse(text, str(path)))
+        used.append(str(path))
+    try:
+        return Config(**settings, files=tuple(used))  # type: ignore[arg-type]
+    except TypeError as error:  # a default is missing: a fault of the package
+        message = f"the defaults are incomplete: {error}"
+        raise OverlaydError(message) from error

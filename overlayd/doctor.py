@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is wrong on this machine, with a hint each; and whether overlayd would work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from overlayd import features, mountinfo, reconcile
+from overlayd.errors import OverlaydError
+from overlayd.examine import memory_available
+from overlayd.model import Phase, State, human_size, shown
+from overlayd.store import QUARANTINE, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from overlayd.config import Config
+
+_NEEDED: Final = {
+    "openat2": "Linux 5.6 or newer",
+    "new mount API": "Linux 5.2 or newer, and root with CAP_SYS_ADMIN",
+    "writable overlay": "the kernel's overlay module: modprobe overlay",
+    "read-only overlay": "the kernel's overlay module: modprobe overlay",
+}
+_EXCHANGES: Final = ("exchange by MOVE_MOUNT_BENEATH", "exchange by propagation")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong; ``fatal`` if overlayd would not work because of it."""
+
+    text: str
+    hint: str
+    fatal: bool
+
+
+@dataclass(slots=True)
+class Report:
+    """What the doctor saw."""
+
+    kernel: str
+    features: dict[str, str | None] = field(default_factory=dict)
+    depth_left: int = 0
+    limits: dict[str, str] = field(default_factory=dict)
+    config_files: tuple[str, ...] = ()
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether overlayd would work."""
+        return not any(problem.fatal for problem in self.problems)
+
+    def note(self, text: str, hint: str, *, fatal: bool = False) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(text, hint, fatal))
+
+
+def examine(config: Callable[[], Config]) -> Report:
+    """Look at everything; never raises for what it finds."""
+    kernel = os.uname()
+    report = Report(f"{kernel.sysname} {kernel.release} {kernel.machine}")
+    if os.geteuid() != 0:
+        report.note("overlayd needs root", "run it with sudo", fatal=True)
+    else:
+        _features(report)
+    _config(report, config)
+    if os.geteuid() == 0:
+        _world(report)
+    return report
+
+
+def _features(report: Report) -> None:
+    try:
+        found = features.probe()
+    except OSError as error:
+        report.note(f"no mount namespace to try things in: {error}", "run as root", fatal=True)
+        return
+    report.features = found.results
+    report.depth_left = found.depth_left
+    for name, hint in _NEEDED.items():
+        if not found.works(name):
+            report.note(f"{name} does not work: {found.results.get(name)}", hint, fatal=True)
+    if not any(map(found.works, _EXCHANGES)):
+        report.note("a live overlay cannot be exchanged", "reset will fail", fatal=True)
+    if not found.depth_left:
+        report.note(
+            "the kernel can lay no overlay on /usr",
+            "it lies on two stacked file systems already; /usr must lie on one at most",
+            fatal=True,
+        )
+
+
+def _config(report: Report, config: Callable[[], Config]) -> None:
+    try:
+        loaded = config()
+        available = memory_available()
+    except OverlaydError as error:
+        report.note(error.message, error.hint or "mend the file", fatal=True)
+        return
+    report.config_files = loaded.files
+    report.limits = {
+        "overlays": str(loaded.overlays),
+        "upper_size": human_size(loaded.upper_size),
+        "upper_inodes": str(loaded.upper_inodes),
+        "source_size": human_size(loaded.source_size),
+        "source_entries": str(loaded.source_entries),
+        "source_depth": str(loaded.source_depth),
+        "memory_reserve": human_size(loaded.memory_reserve),
+        "memory_available": human_size(available),
+    }
+    if available <= loaded.memory_reserve:
+        report.note(
+            f"{human_size(available)} of memory is available, and the reserve is not to be used",
+            "free memory, or lower limits.memory_reserve",
+            fatal=True,
+        )
+
+
+def _world(report: Report) -> None:
+    def warn(text: str) -> None:
+        report.note(text, "'overlayd cleanup' deletes what is in quarantine")
+
+    store = Store(warn)
+    try:
+        if not store.exists():
+            return
+        records = store.records()
+    except OverlaydError as error:
+        report.note(error.message, error.hint or "see the documentation", fatal=True)
+        return
+    table = mountinfo.read()
+    for record in records:
+        if record.phase is not Phase.ACTIVE:
+            continue
+        state = reconcile.observe(record, table).state
+        if state is State.LOST:
+            report.note(
+                f"{record.name}: its mount is gone from {shown(record.mount_point)}",
+                f"overlayd remove {record.name}",
+            )
+        elif state is State.COVERED:
+            report.note(
+                f"{record.name}: something is mounted over {shown(record.mount_point)}",
+                f"findmnt {shown(record.mount_point)}",
+            )
+    for mount in reconcile.leftovers(table, records):
+        whose = (
+            "'overlayd cleanup' removes it"
+            if reconcile.proven(mount)
+            else "it cannot be proven to be overlayd's, so it is left alone"
+        )
+        report.note(
+            f"a mount tagged {shown(mount.source)} without a record:"
+            f" {shown(mount.mount_point)}",
+            whose,
+        )
+    for name in sorted(os.listdir(QUARANTINE)):  # noqa: PTH208
+        report.note(
+            f"a record could not be believed: {QUARANTINE}/{shown(name)}",
+            "'overlayd cleanup' deletes it",
+        )

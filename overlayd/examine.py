@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looking at what an apply is about: source, target, policy, sizes. Changes nothing."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sys as python
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from overlayd import mountinfo, ops, overlayfs, plan, policy, targets, walker
+from overlayd import syscalls as sys
+from overlayd.config import FlaggedAction
+from overlayd.errors import OverlaydError, RefusedError, from_oserror
+from overlayd.model import SourceKind, check_name, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from overlayd.config import Config
+    from overlayd.model import Record, Request
+    from overlayd.progress import Progress
+    from overlayd.targets import OpenPlace, OpenSource
+    from overlayd.walker import Limits, Measure
+
+_WARN_NAMES: Final = 10
+
+
+@dataclass(slots=True)
+class Examined:
+    """Source and target, open, and what the source holds."""
+
+    source: OpenSource
+    place: OpenPlace
+    measure: Measure
+    limits: Limits
+
+    def close(self) -> None:
+        """Close both."""
+        self.source.close()
+        self.place.close()
+
+
+def examine(
+    request: Request,
+    config: Config,
+    present: Sequence[Record],
+    *,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> Examined:
+    """Check all of *request* that needs no lock, the cheap things first.
+
+    :raises OverlaydError: for the first thing that is wrong.
+    """
+    check_name(request.name)
+    source = targets.open_source(request.source)
+    try:
+        place = targets.open_target(request.target, source)
+    except OverlaydError:
+        source.close()
+        raise
+    limits = walker.Limits(config.source_entries, config.source_size, config.source_depth)
+    try:
+        _check_critical(request, place, config)
+        plan.check_free(request.name, place.place, present, config.overlays)
+        table = mountinfo.read()
+        plan.check_mounts(place.place, table.within(place.place.mount_point))
+        targets.check_apart(source, place.place, table)
+        _check_depth(place)
+        measure = _measure(request, source, place, limits, config, progress)
+        _report_flagged(measure, config, warn)
+        plan.check_memory(measure, request.source, memory_available(), config.memory_reserve)
+    except OSError as error:
+        raise from_oserror(error, f"looking at {shown(request.target)}") from None
+    except BaseException:
+        source.close()
+        place.close()
+        raise
+    return Examined(source, place, measure, limits)
+
+
+def _measure(  # noqa: PLR0913, PLR0917  # one question, all of it needed
+    request: Request,
+    source: OpenSource,
+    place: OpenPlace,
+    limits: Limits,
+    config: Config,
+    progress: Progress,
+) -> Measure:
+    flagged = policy.flag_pattern(config.flagged_patterns)
+    where = place.place
+    if source.kind is SourceKind.DIRECTORY:
+        return walker.measure_tree(
+            source.fd,
+            request.source,
+            base_fd=None if where.prefix else place.base_fd,
+            base_label=where.mount_point,
+            limits=limits,
+            flagged=flagged,
+            progress=progress,
+        )
+    measure = walker.measure_file(source.file, source.fd, request.source, limits)
+    if flagged.match(where.prefix[-1]):
+        walker.note_flagged(measure, request.source)
+    if walker.is_directory(place.base_fd, where.prefix[0]):
+        inner = f"{where.mount_point}/{where.prefix[0]}"
+        raise walker.conflict(request.source, inner, base_is_directory=True)
+    return measure
+
+
+def _report_flagged(measure: Measure, config: Config, warn: Callable[[str], None]) -> None:
+    if not measure.flagged_count or config.flagged_root is FlaggedAction.IGNORE:
+        return
+    names = ", ".join(map(shown, measure.flagged[:_WARN_NAMES]))
+    if (more := measure.flagged_count - _WARN_NAMES) > 0:
+        names += f" and {more} more"
+    text = f"{measure.flagged_count} flagged files: {names}"
+    if config.flagged_root is FlaggedAction.REFUSE:
+        message = f"the source holds {text}"
+        raise RefusedError(message, hint="flagged.root in the configuration decides this")
+    warn(text)
+
+
+def _check_critical(request: Request, place: OpenPlace, config: Config) -> None:
+    """Refuse a critical target without --allow-critical.
+
+    :raises RefusedError: saying why the target is critical.
+    """
+    if request.options.allow_critical:
+        return
+    where = place.place
+    facts = _file_facts(where.mount_point, place.place_fd) if where.entry else None
+    for path in dict.fromkeys((where.mount_point, where.target)):
+        reason = policy.critical_reason(
+            path, config.critical_trees, single_file=facts, exists=_exists
+        )
+        if reason is not None:
+            covers = "" if path == where.target else ", and the overlay has to cover it"
+            message = f"critical target: {shown(reason)}{covers}"
+            raise RefusedError(message, hint="--allow-critical, if you mean it")
+
+
+def _exists(pattern: str) -> bool:
+    """Whether there is a directory at *pattern*; its wildcards match within components."""
+    return any(os.path.isdir(path) for path in glob.iglob(pattern))  # noqa: PTH112, PTH207
+
+
+def _file_facts(path: str, fd: int) -> policy.FileFacts:
+    try:
+        os.getxattr(f"/proc/self/fd/{fd}", "security.capability")
+        capabilities = True
+    except OSError:
+        capabilities = False
+    facts = os.fstat(fd)
+    needed = False
+    for own in (python.executable, python.argv[0]):
+        try:
+            needed |= os.path.samestat(os.stat(own), facts)
+        except OSError:
+            continue
+    del path
+    return policy.FileFacts(bool(facts.st_mode & (stat.S_ISUID | stat.S_ISGID)), capabilities, needed)
+
+
+def _check_depth(place: OpenPlace) -> None:
+    """Refuse a target on which the kernel can lay no overlay any more, by trying.
+
+    :raises KernelError: naming the depth.
+    """
+    if sys.fstatfs(place.base_fd).type != sys.OVERLAYFS_SUPER_MAGIC:
+        return
+    other = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.close(overlayfs.make_overlay("probe", [place.base_fd, other], None, 0))
+    except OSError:
+        raise ops.depth_error() from None
+    finally:
+        os.close(other)
+
+
+def memory_available() -> int:
+    """Return the bytes that can be had without swapping: MemAvailable of /proc/meminfo."""
+    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    message = "/proc/meminfo does not say how much memory is available"
+    raise OverlaydError(message)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Making, attaching and exchanging mounts: what overlayd needs of the kernel, in its own terms.
+
+Measured on Linux 6.1, 6.12 and 6.18: layers given as ``/proc/self/fd/N`` of O_PATH descriptors
+on attached mounts, joined by ``:``, are accepted by each of them, and no option is ever built
+from a path.  Wrappers raise :class:`OSError`; the caller says what it was doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from overlayd import mountinfo
+from overlayd import syscalls as sys
+from overlayd.model import TAG_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+STORAGE_SOURCE: Final = "overlayd-storage"
+"""``source`` of overlayd's tmpfs mounts; for people who read the mount table."""
+
+MAX_LAYERS: Final = 15
+"""So many ``/proc/self/fd/N`` fit into the 255 bytes of one option."""
+
+_OPTIONS: Final = (
+    ("metacopy", "off"),
+    ("index", "off"),
+    ("nfs_export", "off"),
+    ("xino", "off"),
+    ("uuid", "off"),
+    ("redirect_dir", "on"),
+)
+"""Every option that matters is stated: module parameters would decide otherwise.
+
+``redirect_dir=on`` because dpkg renames directories; safe, as layers carry no attributes of
+others.  ``uuid=off`` makes f_fsid that of the storage, by which holders are found.
+"""
+
+
+class Exchange(StrEnum):
+    """How a mount is put beneath another."""
+
+    BENEATH = "beneath"
+    """MOVE_MOUNT_BENEATH, Linux 6.5."""
+    TUCK = "tuck"
+    """A mount that arrives by propagation lands beneath; every kernel."""
+
+
+def make_tmpfs(size: int, inodes: int, *, mode: int = 0o700) -> int:
+    """Return a detached tmpfs of at most *size* bytes and *inodes* inodes."""
+    context = sys.fsopen("tmpfs")
+    try:
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "source", STORAGE_SOURCE)
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "size", str(size))
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "nr_inodes", str(inodes))
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "mode", f"{mode:o}")
+        sys.fsconfig(context, sys.FSCONFIG_CMD_CREATE)
+        return sys.fsmount(context, sys.MOUNT_ATTR_NODEV | sys.MOUNT_ATTR_NOSUID)
+    finally:
+        os.close(context)
+
+
+def make_read_only(mount_fd: int) -> None:
+    """Make the filesystem (not only this mount of it) read-only."""
+    context = sys.fspick(mount_fd)
+    try:
+        sys.fsconfig(context, sys.FSCONFIG_SET_FLAG, "ro")
+        sys.fsconfig(context, sys.FSCONFIG_CMD_RECONFIGURE)
+    finally:
+        os.close(context)
+
+
+def make_overlay(
+    tag: str, lowers: Sequence[int], upper_work: tuple[int, int] | None, attributes: int
+) -> int:
+    """Return a detached overlay of the directories *lowers*, topmost first.
+
+    *attributes* are MOUNT_ATTR_*; without *upper_work* there must be two lowers at least.
+    """
+    context = sys.fsopen("overlay")
+    try:
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "source", f"{TAG_PREFIX}{tag}")
+        for key, value in _OPTIONS:
+            sys.fsconfig(context, sys.FSCONFIG_SET_STRING, key, value)
+        sys.fsconfig(
+            context,
+            sys.FSCONFIG_SET_STRING,
+            "lowerdir",
+            ":".join(f"/proc/self/fd/{fd}" for fd in lowers),
+        )
+        if upper_work is not None:
+            for key, fd in zip(("upperdir", "workdir"), upper_work, strict=True):
+                sys.fsconfig(context, sys.FSCONFIG_SET_STRING, key, f"/proc/self/fd/{fd}")
+        sys.fsconfig(context, sys.FSCONFIG_CMD_CREATE)
+        return sys.fsmount(context, attributes)
+    finally:
+        os.close(context)
+
+
+def open_beneath(dir_fd: int, path: str, flags: int = os.O_PATH) -> int:
+    """Open *path* beneath *dir_fd* with no link of any kind on the way."""
+    return sys.openat2(
+        dir_fd,
+        path or ".",
+        flags,
+        sys.RESOLVE_BENEATH | sys.RESOLVE_NO_SYMLINKS | sys.RESOLVE_NO_MAGICLINKS,
+    )
+
+
+def top_device(path: str) -> int:
+    """Return ``st_dev`` of the root of whatever is topmost at the directory *path*."""
+    return os.stat(path, follow_symlinks=False).st_dev
+
+
+def top_mount_id(path: str) -> int:
+    """Return the mount id of what a user sees at *path*."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return sys.statx(fd).mnt_id
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staged(mount_fd: int, stage: str) -> Iterator[int]:
+    """Attach *mount_fd* at the empty directory *stage* for a moment; yields an fd of its root.
+
+    Layers must lie on attached mounts before Linux 6.15.  *stage* must be on a private mount, so
+    that nobody else sees it.
+    """
+    stage_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        sys.move_mount(mount_fd, stage_fd)
+    finally:
+        os.close(stage_fd)
+    try:
+        root_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield root_fd
+        finally:
+            os.close(root_fd)
+    finally:
+        sys.umount2(stage, sys.MNT_DETACH)
+
+
+def clone(fd: int) -> int:
+    """Return a detached copy of the mount below *fd*, without what is mounted beneath it."""
+    return sys.open_tree(fd, "", sys.OPEN_TREE_CLONE | sys.AT_EMPTY_PATH)
+
+
+def exchange(
+    new_fd: int, place: str, parent_fd: int, stage: str, way: Exchange | None = None
+) -> Exchange:
+    """Put the detached mount *new_fd* beneath the one at *place*, and detach that one.
+
+    A reader sees the old or the new mount and never what lies below.  *parent_fd* is open on the
+    directory that holds *place*; *stage* as for :func:`staged`.  Without *way* the kernel's own
+    call is tried first.  Returns the way that was taken.
+    """
+    if way is not Exchange.TUCK:
+        try:
+            _beneath(new_fd, place)
+        except OSError as error:
+            # EINVAL: unknown before 6.5, and refused for some propagation layouts since.
+            if way is Exchange.BENEATH or error.errno != errno.EINVAL:
+                raise
+            way = Exchange.TUCK
+        else:
+            way = Exchange.BENEATH
+    if way is Exchange.TUCK:
+        _tuck(new_fd, place, parent_fd, stage)
+    else:
+        sys.umount2(place, sys.MNT_DETACH)
+    return way
+
+
+def _beneath(new_fd: int, place: str) -> None:
+    top_fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        sys.move_mount(new_fd, top_fd, sys.MOVE_MOUNT_BENEATH)
+    finally:
+        os.close(top_fd)
+
+
+def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
+    """Let *new_fd* arrive through a peer of the parent mount, on which nothing is mounted yet."""
+    name = os.path.basename(place)  # noqa: PTH119  # paths are strings here
+    parent = _mount_of(parent_fd)
+    if not parent.shared:
+        sys.mount_propagation(parent.mount_point, sys.MS_SHARED)
+    try:
+        peer = clone(parent_fd)
+        try:
+            with staged(peer, stage) as peer_fd:
+                inner = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=peer_fd)
+                try:
+                    sys.move_mount(new_fd, inner)
+                finally:
+                    os.close(inner)
+                # Or the end of the stage would propagate as well and take the new mount along.
+                sys.mount_propagation(stage, sys.MS_PRIVATE)
+                sys.mount_propagation(f"{stage}/{name}", sys.MS_PRIVATE)
+        finally:
+            os.close(peer)
+        sys.umount2(place, sys.MNT_DETACH)
+        if not parent.shared:
+            sys.mount_propagation(place, sys.MS_PRIVATE)
+    finally:
+        if not parent.shared:
+            sys.mount_propagation(parent.mount_point, sys.MS_PRIVATE)
+
+
+def _mount_of(fd: int) -> mountinfo.Mount:
+    mount_id = sys.statx(fd).mnt_id
+    return next(mount for mount in mountinfo.read() if mount.mount_id == mount_id)

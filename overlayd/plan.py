@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The planner: from a request and what was observed to a tuple of operations.
+
+Pure.  What is refused is refused here, before anything is done; what the kernel alone can refuse
+is left to the operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from overlayd import ops
+from overlayd.errors import (
+    BusyError,
+    ExistsError,
+    NotFoundError,
+    RefusedError,
+    SpaceError,
+)
+from overlayd.model import (
+    Layer,
+    Overlay,
+    Phase,
+    Record,
+    Scope,
+    State,
+    Tree,
+    human_size,
+    is_within,
+    shown,
+)
+from overlayd.store import not_found, upper_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from overlayd.config import Config
+    from overlayd.model import Request
+    from overlayd.mountinfo import Mount
+    from overlayd.ops import Operation
+    from overlayd.targets import Place
+    from overlayd.walker import Limits, Measure
+
+_SPARE_INODES: Final = 16
+_MAX_NAMES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a new overlay's record says of its maker and its moment."""
+
+    uuid: str
+    boot_id: str
+    owner: int
+    session_id: int | None
+    created_at: str
+    deployment: str | None
+
+
+def check_free(name: str, place: Place, present: Iterable[Record], limit: int) -> None:
+    """Refuse a name or a place that is taken, by components of the path.
+
+    :raises ExistsError: naming the overlay that is in the way.
+    :raises SpaceError: if there are as many overlays as there may be.
+    """
+    count = 0
+    point = place.mount_point
+    for record in present:
+        if record.phase is Phase.DRAINING:
+            continue
+        count += 1
+        if record.name == name:
+            doing = " (another command is applying it)" if record.phase is Phase.PREPARING else ""
+            message = f"there is an overlay {name!r} already{doing}"
+            raise ExistsError(message, hint=f"it lies on {shown(record.mount_point)}")
+        other = record.mount_point
+        if is_within(point, other) or is_within(other, point):
+            relation = "on" if point == other else "inside" if is_within(point, other) else "around"
+            message = (
+                f"TARGET {shown(place.target)} needs a mount on {shown(point)},"
+                f" {relation} that of overlay {record.name!r}, {shown(other)}"
+            )
+            raise ExistsError(message, hint="overlays do not nest; remove the other one first")
+    if count >= limit:
+        message = f"there are {count} overlays, as many as there may be"
+        raise SpaceError(message, hint="limits.overlays in the configuration")
+
+
+def check_mounts(place: Place, within: Sequence[Mount]) -> None:
+    """Refuse a target that has mounts on it or beneath it, naming them.
+
+    :raises RefusedError: if there is one.
+    """
+    if not within:
+        return
+    names = ", ".join(
+        f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
+        for mount in within[:_MAX_NAMES]
+    )
+    where = "is a mount point" if within[0].mount_point == place.mount_point else "has mounts in it"
+    message = f"TARGET {shown(place.mount_point)} {where}: {names}"
+    raise RefusedError(message, hint="overlayd covers nobody else's mounts")
+
+
+def check_memory(measure: Measure, label: str, available: int, reserve: int) -> None:
+    """Refuse a source that does not fit into the memory that is free, with both figures.
+
+    :raises SpaceError: if it does not.
+    """
+    usable = max(0, available - reserve)
+    if measure.size > usable:
+        message = (
+            f"{shown(label)} needs {human_size(measure.size)} of memory,"
+            f" and {human_size(usable)} is free for it"
+        )
+        raise SpaceError(message, hint=f"{human_size(reserve)} is kept: limits.memory_reserve")
+
+
+def new_record(
+    request: Request, place: Place, measure: Measure, identity: Identity, config: Config
+) -> Record:
+    """Return the record of an overlay that is about to be made."""
+    read_only = request.options.read_only
+    return Record(
+        uuid=identity.uuid,
+        name=request.name,
+        phase=Phase.PREPARING,
+        boot_id=identity.boot_id,
+        owner=identity.owner,
+        session_id=identity.session_id,
+        scope=Scope.SYSTEM,
+        source=request.source,
+        target=place.target,
+        mount_point=place.mount_point,
+        entry=place.entry,
+        created_at=identity.created_at,
+        options=request.options,
+        size=0 if read_only else request.size or config.upper_size,
+        inodes=0 if read_only else config.upper_inodes,
+        layers=(Layer(1, request.source, measure.entries, measure.size),),
+        tree=None,
+        pending=None,
+        deployment=identity.deployment,
+    )
+
+
+def plan_apply(
+    record: Record, place: Place, measure: Measure, limits: Limits
+) -> tuple[Operation, ...]:
+    """Return what makes the overlay of *record*."""
+    layer = record.layers[0]
+    # Directories on the way to the target, the layer's own two, and room for what tmpfs charges
+    # for attributes since Linux 6.6.
+    inodes = measure.entries + measure.entries // 4 + len(place.prefix) + _SPARE_INODES
+    steps: list[Operation] = [
+        ops.Reserve(record),
+        ops.MountStorage(ops.LAYER, max(measure.size, 4096), inodes),
+        ops.FillLayer(
+            record.source,
+            place.prefix,
+            limits,
+            record.options.preserve_owner,
+            measure.entries,
+            layer.size,
+        ),
+    ]
+    tree = Tree(version=1, upper=0 if record.options.read_only else 1)
+    steps += _upper(record, tree)
+    steps.append(ops.BuildOverlay(tree))
+    if place.entry:
+        steps.append(ops.ShowEntry(place.entry))
+    steps += [ops.Attach(place.mount_point), ops.Commit()]
+    return tuple(steps)
+
+
+def _upper(record: Record, tree: Tree) -> list[Operation]:
+    if not tree.upper:
+        return []
+    return [
+        ops.MountStorage(upper_name(tree.upper), record.size, record.inodes),
+        ops.PrepareUpper(tree.upper),
+    ]
+
+
+def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple[Operation, ...]:
+    """Return what takes the overlay to *version*, with nothing of the edits since.
+
+    :raises NotFoundError: if there is no such version.
+    :raises OverlaydError: if the overlay is in no state for it.
+    """
+    record = overlay.record
+    if version != 0 and version not in {layer.version for layer in record.layers}:
+        message = f"{record.name} has no version {version}"
+        known = ", ".join(str(layer.version) for layer in record.layers)
+        raise NotFoundError(message, hint=f"it has 0 (the base) and {known}")
+    present = _in_place(overlay, inside)
+    number = present.upper + 1 if present.upper else 0
+    tree = Tree(version=version, upper=number)
+    steps: list[Operation] = [ops.OpenBase(record.mount_point, record.entry)]
+    steps += _upper(record, tree)
+    steps.append(ops.BuildOverlay(tree))
+    steps.append(ops.CloseBase())
+    if record.entry:
+        steps.append(ops.ShowEntry(record.entry))
+    steps += [ops.Replace(record.mount_point), ops.Commit()]
+    if present.upper:
+        steps.append(ops.DropStorage(upper_name(present.upper)))
+    return tuple(steps)
+
+
+def plan_remove(
+    overlay: Overlay, inside: Sequence[Mount], *, lazy: bool
+) -> tuple[Operation, ...]:
+    """Return what takes the overlay away.
+
+    :raises OverlaydError: if it is covered, or holds mounts of others.
+    """
+    steps: list[Operation] = [ops.MarkRemoving(overlay.record)]
+    if overlay.state is not State.LOST:
+        _in_place(overlay, inside)
+        if not lazy:
+            steps.append(ops.CheckUnused())
+        steps.append(ops.Detach(overlay.record.mount_point, lazy))
+    # The record first: a storage directory without one is swept up by the next command, while a
+    # record without storage would look like damage.
+    return (*steps, ops.Retire(lazy), ops.DropStorage())
+
+
+def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:
+    """Return the tree that is attached, if the overlay can be worked on.
+
+    :raises NotFoundError: if the mount is gone.
+    :raises BusyError: if something is mounted over it or inside it.
+    """
+    record = overlay.record
+    if overlay.state is State.LOST or record.tree is None:
+        message = f"the mount of {record.name} is gone from {shown(record.mount_point)}"
+        raise NotFoundError(message, hint=f"overlayd remove {record.name}")
+    others = [mount for mount in inside if mount.tag != record.uuid]
+    if overlay.state is State.COVERED or others:
+        names = ", ".join(shown(mount.mount_point) for mount in others[:_MAX_NAMES])
+        message = f"something is mounted over or inside {record.name}: {names or 'its parent'}"
+        raise BusyError(message, hint="unmount that first; 'findmnt' shows it")
+    return record.tree
+
+
+def by_name(name: str, present: Iterable[Record]) -> Record:
+    """Return the record that has the name now.
+
+    :raises NotFoundError: if there is none.
+    """
+    for record in present:
+        if record.name == name and record.phase is not Phase.DRAINING:
+            return record
+    raise not_found(name)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Finishing what a crash cut short: the first thing every command does.
+
+Each overlay ends wholly there or wholly gone.  Only records whose lock is free are touched, as
+the lock goes with the process that died.  What cannot be proven to be overlayd's is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from overlayd import overlayfs
+from overlayd import syscalls as sys
+from overlayd.errors import from_oserror
+from overlayd.model import UUID, Overlay, Phase, Record, State
+from overlayd.store import storage_path, upper_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from overlayd.mountinfo import Mount, Table
+    from overlayd.store import Store
+
+
+def unfinished(records: Sequence[Record], storages: Sequence[str]) -> bool:
+    """Whether anything looks as if an operation ran or had been cut short."""
+    known = set()
+    for record in records:
+        if record.pending is not None or record.phase in {Phase.PREPARING, Phase.REMOVING}:
+            return True
+        known.add(record.uuid)
+    return any(uuid not in known for uuid in storages)
+
+
+def settle(store: Store, table: Table) -> list[str]:
+    """Finish or drop every operation that was cut short; say what was done.
+
+    Call under the store's lock.
+
+    :raises OverlaydError: if the kernel refuses an unmount.
+    """
+    done: list[str] = []
+    records = {record.uuid: record for record in store.records()}
+    for uuid in {*records, *store.storages()}:
+        record = records.get(uuid)
+        if record is not None and record.pending is None:
+            if record.phase in {Phase.ACTIVE, Phase.DRAINING}:
+                continue
+        elif UUID.fullmatch(uuid) is None:
+            continue
+        try:
+            lock = store.try_lock(uuid)
+        except FileNotFoundError:
+            lock = None
+            if record is None:
+                continue
+        else:
+            if lock is None:
+                continue  # somebody is at work on it
+        try:
+            # The record may have been finished between reading it and taking the lock.
+            if (fresh := store.get(uuid)) is None:
+                done += _drop_orphan(store, uuid, table)
+            else:
+                done += _settle_one(store, fresh, table)
+        except OSError as error:
+            raise from_oserror(error, f"finishing what was left of {uuid}") from None
+        finally:
+            if lock is not None:
+                lock.release()
+    return done
+
+
+def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
+    """Unmount storage that no record speaks for, unless an overlay still shows it."""
+    if uuid in table.tagged:
+        return []  # the record was lost, the overlay was not: cleanup's business
+    store.unstage(uuid)
+    store.drop_storage(uuid)
+    return [f"unmounted storage left by {uuid}"]
+
+
+def attached(record: Record, table: Table) -> list[Mount]:
+    """Return the mounts that carry the overlay's tag at its place."""
+    return [
+        mount for mount in table.tagged.get(record.uuid, []) if mount.mount_point == record.mount_point
+    ]
+
+
+def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
+    store.unstage(record.uuid)
+    devices = {mount.st_dev for mount in attached(record, table)}
+    pending, tree = record.pending, record.tree
+    if record.phase is Phase.DRAINING:
+        return []
+    if record.phase is Phase.REMOVING:
+        if tree is not None and tree.st_dev in devices:
+            store.write(record.with_(phase=Phase.ACTIVE))
+            return [f"{record.name}: its removal had not begun; it stays"]
+        _forget(store, record)
+        return [f"{record.name}: finished its removal"]
+    if pending is not None and pending.st_dev in devices:
+        if tree is not None and tree.st_dev in devices and tree.st_dev != pending.st_dev:
+            # Both are attached: the new one beneath, the old one on top.
+            sys.umount2(record.mount_point, sys.MNT_DETACH)
+        store.write(record.with_(phase=Phase.ACTIVE, tree=pending, pending=None))
+        if tree is not None and tree.upper and tree.upper != pending.upper:
+            store.drop_storage(record.uuid, upper_name(tree.upper))
+        return [f"{record.name}: finished what was cut short"]
+    if record.phase is Phase.PREPARING:
+        _forget(store, record)
+        return [f"{record.name}: dropped, it had not been attached"]
+    if pending is not None:
+        store.write(record.with_(pending=None))
+        if pending.upper:
+            store.drop_storage(record.uuid, upper_name(pending.upper))
+        return [f"{record.name}: its reset had not begun; it stays as it was"]
+    return []
+
+
+def _forget(store: Store, record: Record) -> None:
+    store.drop(record.uuid)
+    store.drop_storage(record.uuid)
+
+
+def observe(record: Record, table: Table) -> Overlay:
+    """Hold a record against the mount table."""
+    if record.phase is Phase.DRAINING:
+        return Overlay(record, State.DRAINING, None, None)
+    mine = [
+        mount
+        for mount in attached(record, table)
+        if record.tree is not None and mount.st_dev == record.tree.st_dev
+    ]
+    if not mine:
+        return Overlay(record, State.LOST, None, None)
+    try:
+        visible = overlayfs.top_mount_id(record.mount_point) == mine[-1].mount_id
+    except OSError:
+        visible = False
+    state = State.ACTIVE if visible else State.COVERED
+    return Overlay(record, state, mine[-1].mount_id, None)
+
+
+def leftovers(table: Table, records: Sequence[Record]) -> list[Mount]:
+    """Return the mounts that carry overlayd's tag while no record accounts for them."""
+    known = {record.uuid: record for record in records}
+    found = []
+    for uuid, mounts in table.tagged.items():
+        record = known.get(uuid)
+        if record is not None and (record.phase is not Phase.ACTIVE or record.pending is not None):
+            continue  # somebody is at work on it
+        tree = None if record is None else record.tree
+        found += [mount for mount in mounts if tree is None or mount.st_dev != tree.st_dev]
+    return found
+
+
+def proven(mount: Mount) -> bool:
+    """Whether a mount with overlayd's tag really shows storage of overlayd's.
+
+    A tag can be forged by anybody who can mount; the id of the storage's filesystem cannot.
+    """
+    top = storage_path(mount.tag or "")
+    try:
+        if overlayfs.top_mount_id(mount.mount_point) != mount.mount_id:
+            return False
+        shown_by = sys.statfs(mount.mount_point)
+        parts = os.listdir(top)  # noqa: PTH208
+    except OSError:
+        return False
+    for part in parts:
+        try:
+            storage = sys.statfs(f"{top}/{part}")
+        except OSError:
+            continue
+        if storage.type == sys.TMPFS_MAGIC and storage.fsid == shown_by.fsid:
+            return shown_by.type == sys.OVERLAYFS_SUPER_MAGIC
+    return False

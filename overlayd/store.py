@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The records, their locks, and the small world below ``/run/overlayd`` that they live in.
+
+::
+
+    /run/overlayd              a small tmpfs, shared, made once per boot
+      world.json               boot id and mount namespace it belongs to
+      lock                     held for the moment in which names and places are given out
+      records/UUID.json        one per overlay, always written whole and renamed into place
+      storage/UUID/            locked (flock) while an operation on the overlay runs
+        layer  upper.N         mount points of the overlay's own tmpfs mounts
+      stage/                   a private mount, for mounts that nobody else shall see
+      quarantine/              records that could not be believed
+
+Since every write makes a new file, one reading of the directory (name and inode number) tells
+which records changed: a process that stays keeps the others in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Final
+
+from overlayd import mountinfo, overlayfs, records
+from overlayd import syscalls as sys
+from overlayd.errors import (
+    BusyError,
+    KernelError,
+    NoPermissionError,
+    NotFoundError,
+    OverlaydError,
+    RefusedError,
+    from_oserror,
+)
+from overlayd.model import RUN, UUID, Record, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_SIZE: Final = 32 << 20
+_INODES: Final = 65536
+_MAX_RECORD: Final = 64 << 10
+_PATIENCE: Final = 10.0
+"""Seconds that a short operation waits for another on the same overlay."""
+
+RECORDS: Final = f"{RUN}/records"
+STORAGE: Final = f"{RUN}/storage"
+STAGE: Final = f"{RUN}/stage"
+QUARANTINE: Final = f"{RUN}/quarantine"
+_WORLD: Final = f"{RUN}/world.json"
+_LOCK: Final = f"{RUN}/lock"
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123
+        return file.read().strip()
+
+
+def storage_path(uuid: str, which: str = "") -> str:
+    """Return the directory of an overlay's storage, or the mount point of a part of it."""
+    return f"{STORAGE}/{uuid}/{which}" if which else f"{STORAGE}/{uuid}"
+
+
+def upper_name(number: int) -> str:
+    """Return the name of the upper storage with this number."""
+    return f"upper.{number}"
+
+
+class Lock:
+    """The lock of one overlay; held by whoever works on it."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over the locked *fd*."""
+        self._fd = fd
+
+    def release(self) -> None:
+        """Let go; a second time does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Store:
+    """Access to the world below ``/run/overlayd``.
+
+    Nothing is made before something has to be written.  Not for use by two threads at once,
+    except for what takes no cache: :meth:`write`, :meth:`drop` and the locks.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """Report what is odd but no reason to fail to *warn*."""
+        self._warn = warn
+        self._boot_id = boot_id()
+        self._known: dict[str, tuple[int, Record | None]] = {}
+
+    def exists(self) -> bool:
+        """Whether there is a world, and it is this mount namespace's.
+
+        :raises KernelError: if it belongs to another mount namespace; the hint is the way in.
+        :raises RefusedError: if something else is mounted there.
+        :raises NoPermissionError: for callers who may not look.
+        """
+        try:
+            fd = os.open(RUN, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._check_namespace_of_run()
+            return False
+        except OSError as error:
+            raise from_oserror(error, f"opening {RUN}") from None
+        try:
+            if not sys.statx(fd).mount_root:
+                self._check_namespace_of_run()
+                return False
+        finally:
+            os.close(fd)
+        self._check_world()
+        return True
+
+    def _check_world(self) -> None:
+        try:
+            with open(_WORLD, encoding="ascii") as file:  # noqa: PTH123
+                world = json.load(file)
+            owner, boot = world["namespace"], world["boot_id"]
+        except PermissionError:
+            message = "overlayd needs root"
+            raise NoPermissionError(message, hint="run it with sudo") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            message = f"{RUN} is a mount, but not overlayd's"
+            raise RefusedError(message, hint=f"see 'findmnt {RUN}'") from None
+        if boot != self._boot_id:
+            message = f"{RUN} is left from another boot"
+            raise RefusedError(message, hint=f"umount -R {RUN}") from None
+        if owner != mountinfo.namespace():
+            self._refuse_namespace(owner)
+
+    @staticmethod
+    def _check_namespace_of_run() -> None:
+        """Refuse to begin in a namespace that shares /run with process 1 but not its mounts."""
+        try:
+            same_run = os.path.samestat(os.stat("/run"), os.stat("/proc/1/root/run"))
+            owner = mountinfo.namespace("1")
+        except OSError:
+            return  # no view of process 1: nothing to compare with
+        if same_run and owner != mountinfo.namespace():
+            Store._refuse_namespace(owner)
+
+    @staticmethod
+    def _refuse_namespace(owner: str) -> None:
+        message = "this is another mount namespace than the one overlayd's mounts belong to"
+        way = None
+        for pid in ["1", *filter(str.isdigit, os.listdir("/proc"))]:  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                if mountinfo.namespace(pid) == owner:
+                    way = f"nsenter --target {pid} --mount overlayd …"
+                    break
+        raise KernelError(message, hint=way or "the namespace it belongs to is gone")
+
+    def ensure(self) -> None:
+        """Make the world if there is none.
+
+        :raises OverlaydError: if it cannot be made.
+        """
+        if self.exists():
+            return
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(RUN, 0o700)  # noqa: PTH102
+            # The directory beneath the mount is the lock of the two first commands of a boot.
+            fd = os.open(RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if not self.exists():
+                    self._make(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise from_oserror(error, f"making {RUN}") from None
+
+    def _make(self, run_fd: int) -> None:
+        """Fill a detached tmpfs and attach it: there is no half-made world."""
+        mount_fd = overlayfs.make_tmpfs(_SIZE, _INODES)
+        try:
+            world = {"schema": 1, "boot_id": self._boot_id, "namespace": mountinfo.namespace()}
+            _write(mount_fd, "world.json", json.dumps(world).encode())
+            _write(mount_fd, "lock", b"")
+            for name in ("records", "storage", "stage", "quarantine"):
+                os.mkdir(name, 0o700, dir_fd=mount_fd)
+            # Shared, so that a namespace which starts later lets go of the storage with us.
+            sys.mount_setattr_propagation(mount_fd, sys.MS_SHARED)
+            sys.move_mount(mount_fd, run_fd)
+        finally:
+            os.close(mount_fd)
+
+    def stage(self, uuid: str) -> str:
+        """Return an empty directory of this overlay's on a mount that is private.
+
+        :raises OSError: if it cannot be made.
+        """
+        if not _is_mount(STAGE):
+            with self.locked():
+                if not _is_mount(STAGE):
+                    _attach_tmpfs(STAGE)
+        # Again each time: a crash may have come between attaching and this.
+        sys.mount_propagation(STAGE, sys.MS_PRIVATE)
+        path = f"{STAGE}/{uuid}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)  # noqa: PTH102
+        return path
+
+    def unstage(self, uuid: str) -> None:
+        """Remove the overlay's stage and whatever a crash left mounted on it."""
+        _unmount_all(f"{STAGE}/{uuid}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock under which names and places are given out."""
+        fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def create(self, uuid: str) -> Lock:
+        """Make the storage directory of a new overlay and lock it; call under :meth:`locked`."""
+        os.mkdir(storage_path(uuid), 0o700)  # noqa: PTH102
+        lock = self.try_lock(uuid)
+        if lock is None:
+            message = f"{storage_path(uuid)} is taken"
+            raise OverlaydError(message)
+        return lock
+
+    def try_lock(self, uuid: str) -> Lock | None:
+        """Take the overlay's lock; None if somebody holds it, or it was removed meanwhile.
+
+        :raises FileNotFoundError: if there is no storage to lock.
+        """
+        fd = os.open(
+            storage_path(uuid), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if os.fstat(fd).st_nlink == 0:
+            os.close(fd)
+            return None
+        return Lock(fd)
+
+    def lock(self, record: Record) -> Lock:
+        """Take the overlay's lock, waiting a moment for a short operation to end.
+
+        :raises BusyError: if another command keeps it.
+        :raises NotFoundError: if the overlay goes away meanwhile.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                lock = self.try_lock(record.uuid)
+            except FileNotFoundError:
+                # A remover drops the record first, so a record without a directory lost it.
+                if self.get(record.uuid) is None:
+                    raise not_found(record.name) from None
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(storage_path(record.uuid), 0o700)  # noqa: PTH102
+                continue
+            if lock is not None:
+                return lock
+            if time.monotonic() > deadline:
+                message = f"another command is working on {record.name}"
+                raise BusyError(message, hint="try again when it is done")
+            time.sleep(0.005)
+
+    def storages(self) -> list[str]:
+        """Return the uuids for which there is a storage directory."""
+        return os.listdir(STORAGE)  # noqa: PTH208
+
+    def records(self) -> list[Record]:
+        """Return every record that can be believed; the others go into quarantine.
+
+        :raises OverlaydError: if the directory cannot be read.
+        """
+        known: dict[str, tuple[int, Record | None]] = {}
+        try:
+            with os.scandir(RECORDS) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".new-"):
+                        continue
+                    inode = entry.inode()
+                    before = self._known.get(entry.name)
+                    if before is not None and before[0] == inode:
+                        known[entry.name] = before
+                    else:
+                        known[entry.name] = (inode, self._read(entry.name))
+        except OSError as error:
+            raise from_oserror(error, f"reading {RECORDS}") from None
+        self._known = known
+        return [record for _, record in known.values() if record is not None]
+
+    def get(self, uuid: str) -> Record | None:
+        """Return one record as it is now, if it is there."""
+        return self._read(f"{uuid}.json")
+
+    def _read(self, name: str) -> Record | None:
+        path = f"{RECORDS}/{name}"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None  # removed a moment ago
+        except OSError as error:
+            self._quarantine(name, error.strerror or "cannot be opened")
+            return None
+        try:
+            facts = os.fstat(fd)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != 0 or facts.st_mode & 0o022:
+                self._quarantine(name, "not a file of root's that only root can write")
+                return None
+            data = os.read(fd, _MAX_RECORD + 1)
+        finally:
+            os.close(fd)
+        uuid = name.removesuffix(".json")
+        try:
+            if len(data) > _MAX_RECORD:
+                raise records.RecordError("larger than 64 KiB")  # noqa: TRY301, EM101, TRY003
+            record = records.decode(data)
+            if record.uuid != uuid or UUID.fullmatch(uuid) is None:
+                raise records.RecordError("not the overlay its file is named for")  # noqa: TRY301, EM101, TRY003
+            if record.boot_id != self._boot_id:
+                raise records.RecordError("of another boot")  # noqa: TRY301, EM101, TRY003
+        except records.RecordError as error:
+            self._quarantine(name, str(error))
+            return None
+        return record
+
+    def _quarantine(self, name: str, reason: str) -> None:
+        for number in range(1000):
+            target = f"{QUARANTINE}/{name}.{number}"
+            if os.path.lexists(target):
+                continue
+            try:
+                os.rename(f"{RECORDS}/{name}", target)  # noqa: PTH104
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                self._warn(f"record {shown(name)}: {reason}; it stays: {error.strerror}")
+                return
+            self._warn(f"record {shown(name)}: {reason}; moved to {shown(target)}")
+            return
+
+    def write(self, record: Record) -> None:
+        """Write *record* whole.
+
+        :raises OverlaydError: if it cannot be written.
+        """
+        fresh = f"{RECORDS}/.new-{record.uuid}"
+        try:
+            fd = os.open(
+                fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.write(fd, records.encode(record))
+            finally:
+                os.close(fd)
+            os.rename(fresh, f"{RECORDS}/{record.uuid}.json")  # noqa: PTH104
+        except OSError as error:
+            raise from_oserror(error, f"writing the record of {record.name}") from None
+
+    def drop(self, uuid: str) -> None:
+        """Delete a record, if it is there."""
+        for name in (f"{uuid}.json", f".new-{uuid}"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{RECORDS}/{name}")  # noqa: PTH108
+
+    def attach_storage(self, uuid: str, which: str, size: int, inodes: int) -> None:
+        """Mount a fresh tmpfs of at most *size* bytes as part *which* of the storage."""
+        path = storage_path(uuid, which)
+        os.mkdir(path, 0o700)  # noqa: PTH102
+        _attach_tmpfs(path, size, inodes)
+
+    def drop_storage(self, uuid: str, which: str = "") -> None:
+        """Unmount an overlay's storage, or one part of it; the kernel frees it when it can.
+
+        :raises OSError: if the kernel refuses.
+        """
+        top = storage_path(uuid)
+        if which:
+            _unmount_all(f"{top}/{which}")
+            return
+        with contextlib.suppress(FileNotFoundError):
+            for part in os.listdir(top):  # noqa: PTH208
+                _unmount_all(f"{top}/{part}")
+            os.rmdir(top)  # noqa: PTH106
+
+
+def not_found(name: str) -> NotFoundError:
+    """Return the error for a name that no overlay has."""
+    message = f"there is no overlay {shown(name)!r}"
+    return NotFoundError(message, hint="'overlayd list' shows what there is")
+
+
+def _is_mount(path: str) -> bool:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return sys.statx(fd).mount_root
+    finally:
+        os.close(fd)
+
+
+def _attach_tmpfs(path: str, size: int = 1 << 20, inodes: int = 4096) -> None:
+    mount_fd = overlayfs.make_tmpfs(size, inodes)
+    try:
+        place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            sys.move_mount(mount_fd, place)
+        finally:
+            os.close(place)
+    finally:
+        os.close(mount_fd)
+
+
+def _unmount_all(path: str) -> None:
+    """Detach every mount stacked at *path* and remove the directory; fine if there is none."""
+    try:
+        while True:
+            sys.umount2(path, sys.MNT_DETACH)
+    except OSError as error:
+        # EINVAL: not a mount point any more.
+        if error.errno not in {errno.EINVAL, errno.ENOENT}:
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)  # noqa: PTH106
+
+
+def _write(dir_fd: int, name: str, data: bytes) -> None:
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)

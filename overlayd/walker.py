@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading a source tree: one walk for measuring and for copying.
+
+The tree may be hostile: names are only ever used beneath an open directory, links are not
+followed, and depth is bounded.  Nothing is opened here but directories.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+from overlayd.errors import RefusedError, SpaceError, from_oserror
+from overlayd.model import human_size, shown
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Generator
+
+    from overlayd.progress import Progress
+
+OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+PAGE: Final = 4096
+_INLINE_LINK: Final = 128
+"""tmpfs keeps the text of a symlink up to this length in the inode (SHORT_SYMLINK_LEN)."""
+_MAX_FLAGGED: Final = 1000
+
+
+class Kind(IntEnum):
+    """What a step of the walk is about."""
+
+    FILE = 0
+    SYMLINK = 1
+    DIRECTORY = 2
+    """A directory was found; it is entered later."""
+    ENTER = 3
+    LEAVE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a source may hold at most; ``size`` in bytes as stored."""
+
+    entries: int
+    size: int
+    depth: int
+
+
+@dataclass(slots=True)
+class Measure:
+    """What a source holds: entries, bytes as tmpfs stores them, names that policy flags."""
+
+    entries: int = 0
+    size: int = 0
+    flagged: list[str] = field(default_factory=list)
+    flagged_count: int = 0
+    links: set[tuple[int, int]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Frame:
+    fd: int
+    name: str
+    todo: list[str]
+
+
+def extents(fd: int, size: int) -> Generator[tuple[int, int], None, None]:
+    """Yield start and end of each stretch of data in the first *size* bytes of *fd*.
+
+    Where the filesystem keeps no holes, that is one stretch.
+    """
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        if start >= size:
+            return
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, at
+
+
+def has_holes(facts: os.stat_result) -> bool:
+    """Whether a file may be sparse; some filesystems that compress look like it too."""
+    return facts.st_blocks * 512 < facts.st_size
+
+
+def open_file(name: str, dir_fd: int) -> int:
+    """Open the regular file *name* for reading without following a link or waiting for a peer."""
+    return os.open(name, OPEN_FILE, dir_fd=dir_fd)
+
+
+def _stored(name: str, dir_fd: int, facts: os.stat_result) -> int:
+    """Return the bytes that tmpfs needs for a regular file: whole pages, holes left out."""
+    if not has_holes(facts):
+        return _pages(facts.st_size)
+    fd = open_file(name, dir_fd)
+    try:
+        return sum(
+            _pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size)
+        )
+    finally:
+        os.close(fd)
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def special_name(mode: int) -> str:
+    """Name the type of a file that cannot be a part of a source."""
+    for test, name in (
+        (stat.S_ISFIFO, "FIFO"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISBLK, "block device"),
+        (stat.S_ISCHR, "character device"),
+    ):
+        if test(mode):
+            return name
+    return "file of unknown type"
+
+
+def refuse_special(mode: int, path: str) -> RefusedError:
+    """Return the error for a device, FIFO or socket at *path*."""
+    message = f"{shown(path)} is a {special_name(mode)}"
+    return RefusedError(message, hint="a source holds regular files, directories and symlinks")
+
+
+class Walk:
+    """A depth-first walk below an open directory; iterating yields ``(kind, dir_fd, name)``.
+
+    Every entry comes once as FILE, SYMLINK or DIRECTORY with the descriptor of the directory it
+    is in.  A directory comes again as ENTER (its own descriptor, its name) and as LEAVE (the
+    same), the root too.  A directory's files come before its subdirectories are entered.
+    """
+
+    def __init__(self, root_fd: int, label: str, depth: int) -> None:
+        """Walk below *root_fd*, called *label* in errors, at most *depth* levels deep."""
+        self._root_fd = root_fd
+        self._label = label
+        self._depth = depth
+        self._stack: list[_Frame] = []
+
+    def path(self, name: str) -> str:
+        """Return the path of *name* in the directory that the walk is in, for messages."""
+        return "/".join([self._label, *(frame.name for frame in self._stack[1:]), name])
+
+    def __iter__(self) -> Generator[tuple[Kind, int, str], None, None]:
+        """Walk.
+
+        :raises RefusedError: at a special file, or below the permitted depth.
+        :raises OverlaydError: if a directory cannot be read.
+        """
+        stack = self._stack
+        try:
+            stack.append(_Frame(os.open(".", OPEN_DIRECTORY, dir_fd=self._root_fd), "", []))
+            yield Kind.ENTER, stack[-1].fd, ""
+            yield from self._scan(stack[-1])
+            while stack:
+                frame = stack[-1]
+                if not frame.todo:
+                    yield Kind.LEAVE, frame.fd, frame.name
+                    os.close(stack.pop().fd)
+                    continue
+                name = frame.todo.pop()
+                if len(stack) > self._depth:
+                    message = f"{shown(self.path(name))} lies deeper than {self._depth} directories"
+                    raise RefusedError(message, hint="limits.source_depth in the configuration")
+                try:
+                    fd = os.open(name, OPEN_DIRECTORY, dir_fd=frame.fd)
+                except OSError as error:
+                    if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                        raise changed(self.path(name)) from None
+                    raise from_oserror(error, f"opening {shown(self.path(name))}") from None
+                stack.append(_Frame(fd, name, []))
+                yield Kind.ENTER, fd, name
+                yield from self._scan(stack[-1])
+        finally:
+            for frame in stack:
+                os.close(frame.fd)
+            stack.clear()
+
+    def _scan(self, frame: _Frame) -> Generator[tuple[Kind, int, str], None, None]:
+        try:
+            with os.scandir(frame.fd) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        yield Kind.FILE, frame.fd, entry.name
+                    elif entry.is_symlink():
+                        yield Kind.SYMLINK, frame.fd, entry.name
+                    elif entry.is_dir(follow_symlinks=False):
+                        frame.todo.append(entry.name)
+                        yield Kind.DIRECTORY, frame.fd, entry.name
+                    else:
+                        mode = entry.stat(follow_symlinks=False).st_mode
+                        raise refuse_special(mode, self.path(entry.name))
+        except OSError as error:
+            raise from_oserror(error, f"reading {shown(self.path('.'))}") from None
+
+
+def changed(path: str) -> RefusedError:
+    """Return the error for a source that changes under the walk."""
+    message = f"{shown(path)} changed while it was read"
+    return RefusedError(message, hint="apply again when nothing writes to the source")
+
+
+def conflict(path: str, base_path: str, *, base_is_directory: bool) -> RefusedError:
+    """Return the error for a directory over something else, or something else over one."""
+    what, over = ("a file", "a directory") if base_is_directory else ("a directory", "a file")
+    message = f"{shown(path)} would lay {what} over {over}: {shown(base_path)}"
+    return RefusedError(message, hint="move it in the source, or choose a target beside it")
+
+
+def open_base(base_fd: int | None, name: str) -> int | None:
+    """Open the base's directory *name* beneath *base_fd*; None if there is no such name.
+
+    :raises NotADirectoryError: if it is something else.
+    """
+    if base_fd is None:
+        return None
+    try:
+        return os.open(name, OPEN_DIRECTORY, dir_fd=base_fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotADirectoryError(error.errno, error.strerror, name) from None
+        raise
+
+
+def is_directory(base_fd: int | None, name: str) -> bool:
+    """Whether the base has a directory (not a link to one) *name* beneath *base_fd*."""
+    if base_fd is None:
+        return False
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=base_fd, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
+    root_fd: int,
+    label: str,
+    *,
+    base_fd: int | None,
+    base_label: str,
+    limits: Limits,
+    flagged: re.Pattern[str],
+    progress: Progress,
+) -> Measure:
+    """Measure the tree below *root_fd* against *limits*, and hold it against the base.
+
+    ``base_fd`` is the directory that the tree is to be laid over, None if there is none.
+
+    :raises SpaceError: when a limit is passed, with both figures.
+    :raises RefusedError: for what cannot be copied, and for a directory over a file or a file
+        over a directory.
+    """
+    walk = Walk(root_fd, label, limits.depth)
+    total = Measure(entries=1)
+    bases: list[int | None] = []
+    flag = flagged.match
+    try:
+        for kind, fd, name in walk:
+            if kind is Kind.ENTER:
+                progress.check()
+                if not bases:
+                    bases.append(None if base_fd is None else os.dup(base_fd))
+                    continue
+                try:
+                    bases.append(open_base(bases[-1], name))
+                except NotADirectoryError:
+                    raise conflict(
+                        walk.path("."), base_label, base_is_directory=False
+                    ) from None
+                continue
+            if kind is Kind.LEAVE:
+                if (base := bases.pop()) is not None:
+                    os.close(base)
+                continue
+            total.entries += 1
+            if total.entries > limits.entries:
+                raise too_many(label, limits)
+            if kind is Kind.DIRECTORY:
+                continue
+            if bases[-1] is not None and is_directory(bases[-1], name):
+                raise conflict(walk.path(name), base_label, base_is_directory=True)
+            _count(total, kind, name, fd)
+            if flag(name):
+                note_flagged(total, walk.path(name))
+    except FileNotFoundError as error:
+        raise changed(walk.path(str(error.filename))) from None
+    except OSError as error:
+        raise from_oserror(error, f"reading {shown(label)}") from None
+    finally:
+        for base in bases:
+            if base is not None:
+                os.close(base)
+    check_size(total, label, limits)
+    return total
+
+
+def measure_file(name: str, dir_fd: int, label: str, limits: Limits) -> Measure:
+    """Measure the single file *name* in *dir_fd* as a source."""
+    total = Measure(entries=1)
+    try:
+        _count(total, Kind.FILE, name, dir_fd)
+    except OSError as error:
+        raise from_oserror(error, f"reading {shown(label)}") from None
+    check_size(total, label, limits)
+    return total
+
+
+def note_flagged(total: Measure, path: str) -> None:
+    """Note that policy flags *path*; beyond a thousand they are only counted."""
+    total.flagged_count += 1
+    if len(total.flagged) < _MAX_FLAGGED:
+        total.flagged.append(path)
+
+
+def _count(total: Measure, kind: Kind, name: str, dir_fd: int) -> None:
+    facts = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    if kind is Kind.SYMLINK:
+        if facts.st_size >= _INLINE_LINK:
+            total.size += PAGE
+        return
+    if facts.st_nlink > 1:
+        key = (facts.st_dev, facts.st_ino)
+        if key in total.links:
+            return
+        total.links.add(key)
+    total.size += _stored(name, dir_fd, facts)
+
+
+def too_many(label: str, limits: Limits) -> SpaceError:
+    """Return the error for a source with too many entries."""
+    message = f"{shown(label)} holds more than {limits.entries} entries"
+    return SpaceError(message, hint="limits.source_entries in the configuration")
+
+
+def check_size(total: Measure, label: str, limits: Limits) -> None:
+    """Refuse a source that is larger than *limits* allow, with both figures."""
+    if total.size > limits.size:
+        message = (
+            f"{shown(label)} holds {human_size(total.size)};"
+            f" a source may have {human_size(limits.size)}"
+        )
+        raise SpaceError(message, hint="limits.source_size in the configuration")
