@@ -58,7 +58,7 @@ def read(path: Path) -> list[Request]:
         extra = f"; {', '.join(map(shown, tables))} is unknown" if tables else ""
         message = f"{where}: must hold [[overlay]] tables and nothing else{extra}"
         raise RefusedError(message, hint="'overlayd dump' writes such a file")
-    folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120
+    folder = os.path.dirname(os.path.abspath(path))
     requests = [
         _request(entry, f"{where}: overlay {number}", folder)
         for number, entry in enumerate(entries, 1)
@@ -108,7 +108,7 @@ def _request(entry: object, where: str, folder: str) -> Request:
         raise RefusedError(message)
     return Request(
         name=texts["name"],
-        source=os.path.join(folder, texts["source"]),  # noqa: PTH118
+        source=os.path.join(folder, texts["source"]),
         target=texts["target"],
         options=Options(**flags),
         size=size,

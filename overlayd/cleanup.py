@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from overlayd import mountinfo, ops, reconcile
+from overlayd import mountinfo, reconcile, removal
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError, OverlaydError, from_oserror
 from overlayd.model import Phase, State, shown
@@ -71,11 +71,11 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
                 Action("orphan", mount.tag or "", text),
                 lambda mount=mount: _detach_orphan(store, mount),  # type: ignore[misc]
             )
-    for name in sorted(os.listdir(QUARANTINE)):  # noqa: PTH208
+    for name in sorted(os.listdir(QUARANTINE)):
         text = f"a record that could not be believed: {shown(name)}"
         act(
             Action("quarantine", name, text),
-            lambda name=name: os.unlink(f"{QUARANTINE}/{name}"),  # type: ignore[misc]  # noqa: PTH108
+            lambda name=name: os.unlink(f"{QUARANTINE}/{name}"),  # type: ignore[misc]
         )
     return actions
 
@@ -85,7 +85,7 @@ def drained(records: Sequence[Record]) -> list[Record]:
     return [
         record
         for record in records
-        if record.phase is Phase.DRAINING and not ops.in_use(record)
+        if record.phase is Phase.DRAINING and not removal.in_use(record)
     ]
 
 

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from overlayd.config import Config
-    from overlayd.doctor import Report
+    from overlayd.executor import Operation
     from overlayd.model import Overlay
-    from overlayd.ops import Operation
     from overlayd.render import TerminalProgress
 
 _USAGE: Final = 2
@@ -56,9 +55,7 @@ class Common:
 
     def manager(self) -> Manager:
         """Return the manager that this invocation uses."""
-        return Manager(
-            self.load, warn=self.warn, trace=_trace if self.verbose else None
-        )
+        return Manager(self.load, warn=self.warn, trace=_trace if self.verbose else None)
 
     def warn(self, text: str) -> None:
         """Print a warning to standard error."""
@@ -113,9 +110,7 @@ def _interruptible(common: Common) -> Iterator[TerminalProgress]:
             signal.signal(number, handler)
 
 
-def _names(
-    _context: click.Context, _parameter: click.Parameter, incomplete: str
-) -> list[str]:
+def _names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of overlays."""
     try:
         overlays = Manager(Common(False, False, None).load, warn=lambda _: None).list()  # noqa: FBT003
@@ -248,7 +243,7 @@ def _absolute(path: str, what: str) -> str:
         message = f"{what} is empty"
         raise RefusedError(message)
     try:
-        return path if path.startswith("/") else f"{os.getcwd()}/{path}"  # noqa: PTH109
+        return path if path.startswith("/") else f"{os.getcwd()}/{path}"
     except FileNotFoundError:
         message = f"{what} {shown(path)} is relative, and the working directory is gone"
         raise RefusedError(message) from None
@@ -451,38 +446,9 @@ def doctor(common: Common) -> None:
     from overlayd import doctor as doctors  # noqa: PLC0415
 
     report = doctors.examine(common.load)
-    click.echo(render.as_json(_report_object(report)) if common.json else _report_text(report))
+    click.echo(render.as_json(report.as_object()) if common.json else report.as_text())
     if not report.ok:
         sys.exit(9 if os.geteuid() == 0 else NoPermissionError.exit_code)
-
-
-def _report_object(report: Report) -> dict[str, object]:
-    return {
-        "ok": report.ok,
-        "kernel": report.kernel,
-        "features": {name: reason is None for name, reason in report.features.items()},
-        "depth_left": report.depth_left,
-        "limits": report.limits,
-        "config_files": list(report.config_files),
-        "problems": [
-            {"text": problem.text, "hint": problem.hint, "fatal": problem.fatal}
-            for problem in report.problems
-        ],
-    }
-
-
-def _report_text(report: Report) -> str:
-    rows = [("kernel", report.kernel)]
-    rows += [(name, "yes" if why is None else f"no: {why}") for name, why in report.features.items()]
-    rows += [("overlays that can be stacked at /usr", str(report.depth_left))]
-    rows += report.limits.items()
-    rows += [("configuration", ", ".join(report.config_files) or "defaults")]
-    lines = [render.columns((f"{key}:", value) for key, value in rows), ""]
-    for problem in report.problems:
-        kind = "problem" if problem.fatal else "note"
-        lines += [f"{kind}: {problem.text}", f"  hint: {problem.hint}"]
-    lines.append("overlayd works here" if report.ok else "overlayd would not work here")
-    return "\n".join(lines)
 
 
 def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None:

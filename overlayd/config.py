@@ -161,7 +161,7 @@ def parse(text: str, name: str) -> dict[str, object]:
 def _read(path: Path, *, guard: bool) -> str:
     """Return the text of *path*; with *guard* only if nobody but root could have written it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:  # noqa: PTH123  # a descriptor, not a path
+    with open(fd, "rb") as file:  # a descriptor, not a path
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             message = f"{path}: not a regular file"

@@ -11,6 +11,7 @@ from overlayd import features, mountinfo, reconcile
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import Phase, State, human_size, shown
+from overlayd.render import columns
 from overlayd.store import QUARANTINE, Store
 
 if TYPE_CHECKING:
@@ -51,6 +52,36 @@ class Report:
     def ok(self) -> bool:
         """Whether overlayd would work."""
         return not any(problem.fatal for problem in self.problems)
+
+    def as_object(self) -> dict[str, object]:
+        """Return the documented JSON object."""
+        return {
+            "ok": self.ok,
+            "kernel": self.kernel,
+            "features": {name: reason is None for name, reason in self.features.items()},
+            "depth_left": self.depth_left,
+            "limits": self.limits,
+            "config_files": list(self.config_files),
+            "problems": [
+                {"text": problem.text, "hint": problem.hint, "fatal": problem.fatal}
+                for problem in self.problems
+            ],
+        }
+
+    def as_text(self) -> str:
+        """Return the report for people."""
+        rows = [("kernel", self.kernel)]
+        for name, why in self.features.items():
+            rows.append((name, "yes" if why is None else f"no: {why}"))
+        rows.append(("overlays that can be stacked at /usr", str(self.depth_left)))
+        rows += self.limits.items()
+        rows.append(("configuration", ", ".join(self.config_files) or "defaults"))
+        lines = [columns((f"{key}:", value) for key, value in rows), ""]
+        for problem in self.problems:
+            kind = "problem" if problem.fatal else "note"
+            lines += [f"{kind}: {problem.text}", f"  hint: {problem.hint}"]
+        lines.append("overlayd works here" if self.ok else "overlayd would not work here")
+        return "\n".join(lines)
 
     def note(self, text: str, hint: str, *, fatal: bool = False) -> None:
         """Add a problem."""
@@ -152,11 +183,10 @@ def _world(report: Report) -> None:
             else "it cannot be proven to be overlayd's, so it is left alone"
         )
         report.note(
-            f"a mount tagged {shown(mount.source)} without a record:"
-            f" {shown(mount.mount_point)}",
+            f"a mount tagged {shown(mount.source)} without a record: {shown(mount.mount_point)}",
             whose,
         )
-    for name in sorted(os.listdir(QUARANTINE)):  # noqa: PTH208
+    for name in sorted(os.listdir(QUARANTINE)):
         report.note(
             f"a record could not be believed: {QUARANTINE}/{shown(name)}",
             "'overlayd cleanup' deletes it",

@@ -132,7 +132,7 @@ def _check_critical(request: Request, place: OpenPlace, config: Config) -> None:
     if request.options.allow_critical:
         return
     where = place.place
-    facts = _file_facts(where.mount_point, place.place_fd) if where.entry else None
+    facts = _file_facts(place.place_fd) if where.entry else None
     for path in dict.fromkeys((where.mount_point, where.target)):
         reason = policy.critical_reason(
             path, config.critical_trees, single_file=facts, exists=_exists
@@ -145,10 +145,10 @@ def _check_critical(request: Request, place: OpenPlace, config: Config) -> None:
 
 def _exists(pattern: str) -> bool:
     """Whether there is a directory at *pattern*; its wildcards match within components."""
-    return any(os.path.isdir(path) for path in glob.iglob(pattern))  # noqa: PTH112, PTH207
+    return any(os.path.isdir(path) for path in glob.iglob(pattern))
 
 
-def _file_facts(path: str, fd: int) -> policy.FileFacts:
+def _file_facts(fd: int) -> policy.FileFacts:
     try:
         os.getxattr(f"/proc/self/fd/{fd}", "security.capability")
         capabilities = True
@@ -161,8 +161,8 @@ def _file_facts(path: str, fd: int) -> policy.FileFacts:
             needed |= os.path.samestat(os.stat(own), facts)
         except OSError:
             continue
-    del path
-    return policy.FileFacts(bool(facts.st_mode & (stat.S_ISUID | stat.S_ISGID)), capabilities, needed)
+    set_id = bool(facts.st_mode & (stat.S_ISUID | stat.S_ISGID))
+    return policy.FileFacts(set_id, capabilities, needed)
 
 
 def _check_depth(place: OpenPlace) -> None:
@@ -183,7 +183,7 @@ def _check_depth(place: OpenPlace) -> None:
 
 def memory_available() -> int:
     """Return the bytes that can be had without swapping: MemAvailable of /proc/meminfo."""
-    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024

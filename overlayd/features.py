@@ -51,7 +51,7 @@ def probe() -> Features:
         os.write(writing, answer)
         os._exit(0)
     os.close(writing)
-    with open(reading, "rb") as file:  # noqa: PTH123
+    with open(reading, "rb") as file:
         data = file.read()
     os.waitpid(child, 0)
     value = json.loads(data)
@@ -88,7 +88,7 @@ def _ground() -> None:
     _attach(overlayfs.make_tmpfs(1 << 20, 1024), _GROUND)
     sys.mount_propagation(_GROUND, sys.MS_PRIVATE)
     for name in ("a", "b", "place", "stage", "upper", "work", "upper2", "work2", "d0", "d1", "d2"):
-        os.mkdir(f"{_GROUND}/{name}")  # noqa: PTH102
+        os.mkdir(f"{_GROUND}/{name}")
 
 
 def _attach(mount_fd: int, path: str) -> None:
@@ -108,7 +108,7 @@ def _overlay(*lowers: str, number: str = "") -> None:
     _attach(mount, f"{_GROUND}/place")
     if number:
         return
-    with open(f"{_GROUND}/place/file", "w", encoding="ascii") as file:  # noqa: PTH123
+    with open(f"{_GROUND}/place/file", "w", encoding="ascii") as file:
         file.write("probe")
 
 

@@ -33,7 +33,7 @@ class Holder:
 
 
 def _processes() -> list[str]:
-    return [entry for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+    return [entry for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def _handles(pid: str) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _handles(pid: str) -> Iterator[str]:
         yield f"{top}/{name}"
     for folder in ("fd", "map_files"):
         with contextlib.suppress(OSError):
-            for name in os.listdir(f"{top}/{folder}"):  # noqa: PTH208
+            for name in os.listdir(f"{top}/{folder}"):
                 yield f"{top}/{folder}/{name}"
 
 
@@ -53,7 +53,7 @@ def find(fsids: Container[int]) -> list[Holder]:
     for pid in _processes():
         for link in _handles(pid):
             try:
-                path = os.readlink(link)  # noqa: PTH115
+                path = os.readlink(link)
                 if path.startswith(_NO_FILESYSTEM):
                     continue
                 facts = sys.statfs(link)
@@ -66,7 +66,7 @@ def find(fsids: Container[int]) -> list[Holder]:
 
 
 def _command(pid: str) -> str:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:  # noqa: PTH123
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
         return file.read().strip().decode(errors="replace")
     return "?"
 

@@ -137,7 +137,7 @@ class Copier:
         except OSError as error:
             raise self._storage_error(error, self.label) from None
 
-    def _file(  # noqa: PLR0913  # from here to there
+    def _file(  # from here to there
         self, source_dir: int, name: str, dest_dir: int, dest_name: str, place: tuple[str, ...]
     ) -> None:
         """Copy the regular file *name*, or link it to the copy made of it before."""

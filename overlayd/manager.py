@@ -15,8 +15,8 @@ from overlayd import cleanup, mountinfo, ops, ostree, plan, reconcile
 from overlayd import syscalls as sys
 from overlayd.errors import NoPermissionError
 from overlayd.examine import examine
+from overlayd.executor import Executor, Run
 from overlayd.model import Overlay, Phase, State, Storage, check_name
-from overlayd.ops import Executor, Run
 from overlayd.progress import Progress
 from overlayd.store import Store, boot_id, storage_path, upper_name
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from overlayd.cleanup import Action
     from overlayd.config import Config
+    from overlayd.executor import Operation
     from overlayd.model import Record, Request
     from overlayd.mountinfo import Mount
-    from overlayd.ops import Operation
     from overlayd.overlayfs import Exchange
 
 BASE: Final = 0
@@ -146,29 +146,6 @@ class Manager:
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]
 
-    def list(self, *, draining: bool = False) -> list[Overlay]:
-        """Return every overlay, by name; with *draining* also what is removed but still used.
-
-        :raises OverlaydError: if the records cannot be read.
-        """
-        records = self._observed()
-        table = mountinfo.read()
-        found = [
-            _with_storage(reconcile.observe(record, table))
-            for record in records
-            if record.phase in {Phase.ACTIVE, Phase.REMOVING}
-        ]
-        if draining:
-            gone = cleanup.drained(records)
-            found += [
-                reconcile.observe(record, table)
-                for record in records
-                if record.phase is Phase.DRAINING and record not in gone
-            ]
-            for record in gone:
-                self._store.drop(record.uuid)
-        return sorted(found, key=lambda overlay: overlay.record.name)
-
     def status(self, name: str) -> Overlay:
         """Return one overlay.
 
@@ -242,7 +219,7 @@ class Manager:
         """
         if not self._store.exists():
             return []
-        return cleanup.clean(self._store, lambda name: self.remove(name), dry_run=dry_run)
+        return cleanup.clean(self._store, self.remove, dry_run=dry_run)
 
     def _settled(self) -> list[Record]:
         """Return the records, with everything finished that a crash cut short."""
@@ -257,12 +234,36 @@ class Manager:
     def _observed(self) -> list[Record]:
         return self._settled() if self._store.exists() else []
 
+    # Last, as the name hides the type within the class from here on.
+    def list(self, *, draining: bool = False) -> list[Overlay]:
+        """Return every overlay, by name; with *draining* also what is removed but still used.
+
+        :raises OverlaydError: if the records cannot be read.
+        """
+        records = self._observed()
+        table = mountinfo.read()
+        found = [
+            _with_storage(reconcile.observe(record, table))
+            for record in records
+            if record.phase in {Phase.ACTIVE, Phase.REMOVING}
+        ]
+        if draining:
+            gone = cleanup.drained(records)
+            found += [
+                reconcile.observe(record, table)
+                for record in records
+                if record.phase is Phase.DRAINING and record not in gone
+            ]
+            for record in gone:
+                self._store.drop(record.uuid)
+        return sorted(found, key=lambda overlay: overlay.record.name)
+
 
 def _identity() -> plan.Identity:
     """Say who makes an overlay, and when; uid and session as the kernel attests them."""
-    with open("/proc/self/sessionid", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/self/sessionid", encoding="ascii") as file:
         session = int(file.read())
-    with open("/proc/sys/kernel/random/uuid", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/sys/kernel/random/uuid", encoding="ascii") as file:
         uuid = file.read().strip()
     deployment = ostree.booted()
     return plan.Identity(

@@ -1,103 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Operations: the steps that every change consists of, as values, and the one executor.
-
-An operation describes itself, applies itself and undoes itself.  ``undo`` is also called for the
-operation that failed, and copes with its being half done.  Operations marked ``final`` come after
-the change is committed: they are not undone, and what they leave after a crash the next command
-finishes.
-"""
+"""The operations that make an overlay or change what it shows, as values."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import signal
-import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from overlayd import holders, layers, overlayfs, targets
+from overlayd import layers, overlayfs, targets
 from overlayd import syscalls as sys
-from overlayd.errors import BusyError, KernelError, OverlaydError, SpaceError, from_oserror
+from overlayd.errors import KernelError, OverlaydError, from_oserror
+from overlayd.executor import Step
 from overlayd.model import Phase, Record, SourceKind, Tree, human_size, shown
-from overlayd.store import Lock, Store, storage_path, upper_name
+from overlayd.store import storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from overlayd.overlayfs import Exchange
-    from overlayd.progress import Progress
+    from overlayd.executor import Run
     from overlayd.targets import OpenPlace, OpenSource
 
 LAYER: Final = "layer"
 TREE: Final = "tree"
 EMPTY: Final = "empty"
-_SIGNALS: Final = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-
-
-@dataclass(slots=True)
-class Run:
-    """What the operations of one change share while they run."""
-
-    store: Store
-    progress: Progress
-    record: Record
-    way: Exchange | None = None
-    lock: Lock | None = None
-    source: OpenSource | None = None
-    place: OpenPlace | None = None
-    base_fd: int = -1
-    base_mount_fd: int = -1
-    overlay_fd: int = -1
-    attached: bool = False
-    copied: bool = False
-    draining: bool = False
-
-    def write(self, record: Record) -> None:
-        """Write *record* and make it the one that counts."""
-        self.store.write(record)
-        self.record = record
-
-    def close(self) -> None:
-        """Close every descriptor; a mount that was not attached is gone with it."""
-        for fd in (self.overlay_fd, self.base_fd, self.base_mount_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.overlay_fd = self.base_fd = self.base_mount_fd = -1
-        for thing in (self.source, self.place):
-            if thing is not None:
-                thing.close()
-        self.source = self.place = None
-        if self.lock is not None:
-            self.lock.release()
-
-
-class Operation(Protocol):
-    """One step."""
-
-    final: ClassVar[bool]
-
-    def describe(self) -> str:
-        """Say what the step does, for people."""
-
-    def apply(self, run: Run) -> None:
-        """Do it."""
-
-    def undo(self, run: Run) -> None:
-        """Take back what was done of it, all or part."""
-
-
-class _Step:
-    final: ClassVar[bool] = False
-
-    def undo(self, run: Run) -> None:
-        """Nothing to take back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reserve(_Step):
+class Reserve(Step):
     """Take the name and the place: from here on no other command can."""
 
     record: Record
@@ -118,7 +48,7 @@ class Reserve(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class MountStorage(_Step):
+class MountStorage(Step):
     """Mount a tmpfs for a part of the overlay's storage."""
 
     which: str
@@ -127,9 +57,7 @@ class MountStorage(_Step):
 
     def describe(self) -> str:
         """Say what the step does."""
-        return (
-            f"mount a tmpfs of {human_size(self.size)} and {self.inodes} inodes as {self.which}"
-        )
+        return f"mount a tmpfs of {human_size(self.size)} and {self.inodes} inodes as {self.which}"
 
     def apply(self, run: Run) -> None:
         """Mount it."""
@@ -141,7 +69,7 @@ class MountStorage(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class FillLayer(_Step):
+class FillLayer(Step):
     """Copy the source into the layer."""
 
     source: str
@@ -192,7 +120,6 @@ class FillLayer(_Step):
             copier.tree(source.fd, place.base_fd)
             return
         folders = self.prefix if source.kind is SourceKind.DIRECTORY else self.prefix[:-1]
-        made = []
         fd = os.dup(tree)
         try:
             for name in folders:
@@ -201,19 +128,17 @@ class FillLayer(_Step):
                 os.close(fd)
                 fd = inner
                 os.fchmod(fd, 0o755)
-                made.append(name)
             if source.kind is SourceKind.DIRECTORY:
                 copier.dest_root = fd
                 copier.tree(source.fd, None)
             else:
-                name = self.prefix[-1]
-                copier.single_file(source.fd, source.file, fd, name)
+                copier.single_file(source.fd, source.file, fd, self.prefix[-1])
         finally:
             os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareUpper(_Step):
+class PrepareUpper(Step):
     """Make the upper and work directories; the upper's root looks like the base's."""
 
     number: int
@@ -242,7 +167,7 @@ def base_of(run: Run) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenBase(_Step):
+class OpenBase(Step):
     """Reach the base beneath a live overlay, through a copy of the mount that it lies on."""
 
     mount_point: str
@@ -278,7 +203,7 @@ class OpenBase(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class CloseBase(_Step):
+class CloseBase(Step):
     """Let go of the base: the overlay holds it by itself now."""
 
     def describe(self) -> str:
@@ -299,7 +224,7 @@ def _close_base(run: Run) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildOverlay(_Step):
+class BuildOverlay(Step):
     """Build the overlay mount, detached, and look at it through its descriptor."""
 
     tree: Tree
@@ -334,9 +259,7 @@ class BuildOverlay(_Step):
             if record.options.read_only:
                 attributes |= sys.MOUNT_ATTR_RDONLY
             try:
-                run.overlay_fd = overlayfs.make_overlay(
-                    record.uuid, lowers, upper_work, attributes
-                )
+                run.overlay_fd = overlayfs.make_overlay(record.uuid, lowers, upper_work, attributes)
             except OSError as error:
                 raise _build_error(error, base) from None
             _check_overlay(run.overlay_fd, base, lowers[0] if len(lowers) > 1 else -1)
@@ -406,7 +329,7 @@ def _check_overlay(overlay: int, base: int, layer: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ShowEntry(_Step):
+class ShowEntry(Step):
     """Cut the one file out of the overlay that is to cover a file."""
 
     entry: str
@@ -434,7 +357,7 @@ class ShowEntry(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class Attach(_Step):
+class Attach(Step):
     """Attach the finished mount: the instant from which it is seen."""
 
     mount_point: str
@@ -458,7 +381,7 @@ class Attach(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class Replace(_Step):
+class Replace(Step):
     """Put the new mount beneath the present one and detach that: no gap."""
 
     mount_point: str
@@ -483,7 +406,7 @@ class Replace(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class Commit(_Step):
+class Commit(Step):
     """Write into the record what is shown now."""
 
     def describe(self) -> str:
@@ -497,122 +420,7 @@ class Commit(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class MarkRemoving(_Step):
-    """Note that the overlay is on its way out."""
-
-    before: Record
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return f"note that {self.before.name} is being removed"
-
-    def apply(self, run: Run) -> None:
-        """Write it."""
-        run.write(self.before.with_(phase=Phase.REMOVING))
-
-    def undo(self, run: Run) -> None:
-        """Write the record as it was."""
-        run.write(self.before)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckUnused(_Step):
-    """Ask other mount namespaces, which a plain unmount does not ask."""
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return "check that nobody in another mount namespace uses it"
-
-    def apply(self, run: Run) -> None:
-        """Look for copies of the mount, and only if there are any at every process.
-
-        :raises BusyError: if one uses the overlay, naming it.
-        """
-        run.copied = holders.foreign_copies(run.record.uuid)
-        if run.copied:
-            check_unused(run.record)
-
-
-@dataclass(frozen=True, slots=True)
-class Detach(_Step):
-    """Unmount the overlay."""
-
-    mount_point: str
-    lazy: bool
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        how = "even if it is in use" if self.lazy else "if nobody uses it"
-        return f"detach the overlay from {shown(self.mount_point)}, {how}"
-
-    def apply(self, run: Run) -> None:
-        """Unmount.
-
-        :raises BusyError: if it is in use and not *lazy*, saying by whom.
-        """
-        for patience in (0.01, 0.05, 0.2, 0.0):
-            try:
-                sys.umount2(self.mount_point, sys.MNT_DETACH if self.lazy else 0)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-            else:
-                return
-            check_unused(run.record)
-            # Nobody to name: somebody looked at the mount for a moment, as 'list' does.
-            time.sleep(patience)
-        message = f"{run.record.name} is in use, and no process shows how"
-        raise BusyError(message, hint="a loop device, a bind mount or a namespace; or use --lazy")
-
-
-def check_unused(record: Record) -> None:
-    """Refuse if a process uses the overlay, in any mount namespace.
-
-    :raises BusyError: naming pid, command and path.
-    """
-    if record.tree is None:
-        return
-    users = holders.find({record.tree.fsid})
-    if users:
-        named = ", ".join(
-            f"{user.pid} ({shown(user.command)}) at {shown(user.path)}" for user in users[:5]
-        )
-        more = f" and {len(users) - 5} more" if len(users) > 5 else ""  # noqa: PLR2004
-        message = f"{record.name} is in use by {named}{more}"
-        raise BusyError(message, hint="end them, or let them keep their old files with --lazy")
-
-
-@dataclass(frozen=True, slots=True)
-class Retire(_Step):
-    """Free the name; keep a note while somebody still uses what was detached."""
-
-    lazy: bool
-    final: ClassVar[bool] = True
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return "free the name"
-
-    def apply(self, run: Run) -> None:
-        """Drop the record, or turn it into the note."""
-        record = run.record
-        if (self.lazy or run.copied) and record.tree is not None:
-            run.draining = in_use(record)
-        if run.draining:
-            run.write(record.with_(phase=Phase.DRAINING))
-        else:
-            run.store.drop(record.uuid)
-
-
-def in_use(record: Record) -> bool:
-    """Whether a process or another mount namespace holds the overlay."""
-    if record.tree is None:
-        return False
-    return bool(holders.find({record.tree.fsid})) or holders.foreign_copies(record.uuid)
-
-
-@dataclass(frozen=True, slots=True)
-class DropStorage(_Step):
+class DropStorage(Step):
     """Unmount storage that is not needed any more."""
 
     which: str = ""
@@ -625,62 +433,3 @@ class DropStorage(_Step):
     def apply(self, run: Run) -> None:
         """Unmount it; the kernel frees the memory when the last user is gone."""
         run.store.drop_storage(run.record.uuid, self.which)
-
-
-@dataclass(slots=True)
-class Executor:
-    """Runs operations in order and, if one fails, undoes in reverse."""
-
-    run: Run
-    operations: Sequence[Operation]
-    trace: Callable[[str, Operation], None] | None = None
-    _begun: int = field(default=0)
-
-    def advance(self, before: type | None = None) -> None:
-        """Run the operations not yet run, up to the first of type *before*.
-
-        :raises OverlaydError: what the failed operation raised; all before it is undone.
-        """
-        while self._begun < len(self.operations):
-            operation = self.operations[self._begun]
-            if before is not None and isinstance(operation, before):
-                return
-            try:
-                if not operation.final:
-                    self.run.progress.check()
-                self._begun += 1
-                self._point("before", operation)
-                operation.apply(self.run)
-                self._point("after", operation)
-            except BaseException as error:
-                if not operation.final:
-                    self.roll_back()
-                if isinstance(error, OSError):
-                    raise _translate(error, operation) from error
-                raise
-
-    def _point(self, when: str, operation: Operation) -> None:
-        if self.trace is not None:
-            self.trace(when, operation)
-
-    def roll_back(self) -> None:
-        """Undo everything begun, the last first; no signal comes between."""
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            while self._begun:
-                self._begun -= 1
-                operation = self.operations[self._begun]
-                self._point("undo", operation)
-                # The first cause is what the caller hears; what cannot be undone now is
-                # finished by the next command, which finds the record.
-                with contextlib.suppress(OSError, OverlaydError):
-                    operation.undo(self.run)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-
-def _translate(error: OSError, operation: Operation) -> OverlaydError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        message = f"no space left while trying to {operation.describe()}"
-        return SpaceError(message, hint="see 'overlayd list' and the limits in the configuration")
-    return from_oserror(error, operation.describe())

@@ -36,7 +36,7 @@ def booted() -> Deployment | None:
     """
     if not os.path.lexists(_BOOTED):
         return None
-    with open(_CMDLINE, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+    with open(_CMDLINE, encoding="utf-8", errors="replace") as file:
         words = file.read().split()
     for word in words:
         if word.startswith("ostree="):

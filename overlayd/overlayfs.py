@@ -189,7 +189,7 @@ def _beneath(new_fd: int, place: str) -> None:
 
 def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
     """Let *new_fd* arrive through a peer of the parent mount, on which nothing is mounted yet."""
-    name = os.path.basename(place)  # noqa: PTH119  # paths are strings here
+    name = os.path.basename(place)  # paths are strings here
     parent = _mount_of(parent_fd)
     if not parent.shared:
         sys.mount_propagation(parent.mount_point, sys.MS_SHARED)

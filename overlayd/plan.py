@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from overlayd import ops
+from overlayd import ops, removal
 from overlayd.errors import (
     BusyError,
     ExistsError,
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from overlayd.config import Config
+    from overlayd.executor import Operation
     from overlayd.model import Request
     from overlayd.mountinfo import Mount
-    from overlayd.ops import Operation
     from overlayd.targets import Place
     from overlayd.walker import Limits, Measure
 
@@ -209,22 +209,20 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
     return tuple(steps)
 
 
-def plan_remove(
-    overlay: Overlay, inside: Sequence[Mount], *, lazy: bool
-) -> tuple[Operation, ...]:
+def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tuple[Operation, ...]:
     """Return what takes the overlay away.
 
     :raises OverlaydError: if it is covered, or holds mounts of others.
     """
-    steps: list[Operation] = [ops.MarkRemoving(overlay.record)]
+    steps: list[Operation] = [removal.MarkRemoving(overlay.record)]
     if overlay.state is not State.LOST:
         _in_place(overlay, inside)
         if not lazy:
-            steps.append(ops.CheckUnused())
-        steps.append(ops.Detach(overlay.record.mount_point, lazy))
+            steps.append(removal.CheckUnused())
+        steps.append(removal.Detach(overlay.record.mount_point, lazy))
     # The record first: a storage directory without one is swept up by the next command, while a
     # record without storage would look like damage.
-    return (*steps, ops.Retire(lazy), ops.DropStorage())
+    return (*steps, removal.Retire(lazy), ops.DropStorage())
 
 
 def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:

@@ -84,7 +84,9 @@ def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
 def attached(record: Record, table: Table) -> list[Mount]:
     """Return the mounts that carry the overlay's tag at its place."""
     return [
-        mount for mount in table.tagged.get(record.uuid, []) if mount.mount_point == record.mount_point
+        mount
+        for mount in table.tagged.get(record.uuid, [])
+        if mount.mount_point == record.mount_point
     ]
 
 
@@ -92,8 +94,6 @@ def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     store.unstage(record.uuid)
     devices = {mount.st_dev for mount in attached(record, table)}
     pending, tree = record.pending, record.tree
-    if record.phase is Phase.DRAINING:
-        return []
     if record.phase is Phase.REMOVING:
         if tree is not None and tree.st_dev in devices:
             store.write(record.with_(phase=Phase.ACTIVE))
@@ -166,7 +166,7 @@ def proven(mount: Mount) -> bool:
         if overlayfs.top_mount_id(mount.mount_point) != mount.mount_id:
             return False
         shown_by = sys.statfs(mount.mount_point)
-        parts = os.listdir(top)  # noqa: PTH208
+        parts = os.listdir(top)
     except OSError:
         return False
     for part in parts:

@@ -156,10 +156,10 @@ def decode(data: bytes) -> Record:
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"not JSON: {error}" if data else "empty") from None  # noqa: EM102, TRY003
+        raise RecordError(f"not JSON: {error}" if data else "empty") from None
     reader = _Reader(raw, "")
     if (schema := reader.number("schema")) != SCHEMA:
-        raise RecordError(f"of schema {schema}, and this overlayd knows {SCHEMA}")  # noqa: EM102, TRY003
+        raise RecordError(f"of schema {schema}, and this overlayd knows {SCHEMA}")
     options = reader.object_or_none("options")
     if options is None:
         raise reader.error("options", "must be an object")

@@ -59,7 +59,7 @@ _LOCK: Final = f"{RUN}/lock"
 
 def boot_id() -> str:
     """Return the kernel's id of this boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
 
@@ -125,7 +125,7 @@ class Store:
 
     def _check_world(self) -> None:
         try:
-            with open(_WORLD, encoding="ascii") as file:  # noqa: PTH123
+            with open(_WORLD, encoding="ascii") as file:
                 world = json.load(file)
             owner, boot = world["namespace"], world["boot_id"]
         except PermissionError:
@@ -155,7 +155,7 @@ class Store:
     def _refuse_namespace(owner: str) -> None:
         message = "this is another mount namespace than the one overlayd's mounts belong to"
         way = None
-        for pid in ["1", *filter(str.isdigit, os.listdir("/proc"))]:  # noqa: PTH208
+        for pid in ["1", *filter(str.isdigit, os.listdir("/proc"))]:
             with contextlib.suppress(OSError):
                 if mountinfo.namespace(pid) == owner:
                     way = f"nsenter --target {pid} --mount overlayd …"
@@ -171,7 +171,7 @@ class Store:
             return
         try:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(RUN, 0o700)  # noqa: PTH102
+                os.mkdir(RUN, 0o700)
             # The directory beneath the mount is the lock of the two first commands of a boot.
             fd = os.open(RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -211,7 +211,7 @@ class Store:
         sys.mount_propagation(STAGE, sys.MS_PRIVATE)
         path = f"{STAGE}/{uuid}"
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)  # noqa: PTH102
+            os.mkdir(path, 0o700)
         return path
 
     def unstage(self, uuid: str) -> None:
@@ -230,7 +230,7 @@ class Store:
 
     def create(self, uuid: str) -> Lock:
         """Make the storage directory of a new overlay and lock it; call under :meth:`locked`."""
-        os.mkdir(storage_path(uuid), 0o700)  # noqa: PTH102
+        os.mkdir(storage_path(uuid), 0o700)
         lock = self.try_lock(uuid)
         if lock is None:
             message = f"{storage_path(uuid)} is taken"
@@ -270,7 +270,7 @@ class Store:
                 if self.get(record.uuid) is None:
                     raise not_found(record.name) from None
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(storage_path(record.uuid), 0o700)  # noqa: PTH102
+                    os.mkdir(storage_path(record.uuid), 0o700)
                 continue
             if lock is not None:
                 return lock
@@ -281,7 +281,7 @@ class Store:
 
     def storages(self) -> list[str]:
         """Return the uuids for which there is a storage directory."""
-        return os.listdir(STORAGE)  # noqa: PTH208
+        return os.listdir(STORAGE)
 
     def records(self) -> list[Record]:
         """Return every record that can be believed; the others go into quarantine.
@@ -329,12 +329,12 @@ class Store:
         uuid = name.removesuffix(".json")
         try:
             if len(data) > _MAX_RECORD:
-                raise records.RecordError("larger than 64 KiB")  # noqa: TRY301, EM101, TRY003
+                raise records.RecordError("larger than 64 KiB")  # noqa: TRY301
             record = records.decode(data)
             if record.uuid != uuid or UUID.fullmatch(uuid) is None:
-                raise records.RecordError("not the overlay its file is named for")  # noqa: TRY301, EM101, TRY003
+                raise records.RecordError("not the overlay its file is named for")  # noqa: TRY301
             if record.boot_id != self._boot_id:
-                raise records.RecordError("of another boot")  # noqa: TRY301, EM101, TRY003
+                raise records.RecordError("of another boot")  # noqa: TRY301
         except records.RecordError as error:
             self._quarantine(name, str(error))
             return None
@@ -346,7 +346,7 @@ class Store:
             if os.path.lexists(target):
                 continue
             try:
-                os.rename(f"{RECORDS}/{name}", target)  # noqa: PTH104
+                os.rename(f"{RECORDS}/{name}", target)
             except FileNotFoundError:
                 return
             except OSError as error:
@@ -369,7 +369,7 @@ class Store:
                 os.write(fd, records.encode(record))
             finally:
                 os.close(fd)
-            os.rename(fresh, f"{RECORDS}/{record.uuid}.json")  # noqa: PTH104
+            os.rename(fresh, f"{RECORDS}/{record.uuid}.json")
         except OSError as error:
             raise from_oserror(error, f"writing the record of {record.name}") from None
 
@@ -377,12 +377,12 @@ class Store:
         """Delete a record, if it is there."""
         for name in (f"{uuid}.json", f".new-{uuid}"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{RECORDS}/{name}")  # noqa: PTH108
+                os.unlink(f"{RECORDS}/{name}")
 
     def attach_storage(self, uuid: str, which: str, size: int, inodes: int) -> None:
         """Mount a fresh tmpfs of at most *size* bytes as part *which* of the storage."""
         path = storage_path(uuid, which)
-        os.mkdir(path, 0o700)  # noqa: PTH102
+        os.mkdir(path, 0o700)
         _attach_tmpfs(path, size, inodes)
 
     def drop_storage(self, uuid: str, which: str = "") -> None:
@@ -395,9 +395,9 @@ class Store:
             _unmount_all(f"{top}/{which}")
             return
         with contextlib.suppress(FileNotFoundError):
-            for part in os.listdir(top):  # noqa: PTH208
+            for part in os.listdir(top):
                 _unmount_all(f"{top}/{part}")
-            os.rmdir(top)  # noqa: PTH106
+            os.rmdir(top)
 
 
 def not_found(name: str) -> NotFoundError:
@@ -436,7 +436,7 @@ def _unmount_all(path: str) -> None:
         if error.errno not in {errno.EINVAL, errno.ENOENT}:
             raise
     with contextlib.suppress(FileNotFoundError):
-        os.rmdir(path)  # noqa: PTH106
+        os.rmdir(path)
 
 
 def _write(dir_fd: int, name: str, data: bytes) -> None:

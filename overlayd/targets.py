@@ -88,7 +88,7 @@ class OpenSource:
     @property
     def name(self) -> str:
         """The last component of the path as the caller wrote it."""
-        return os.path.basename(self.path.rstrip("/"))  # noqa: PTH119
+        return os.path.basename(self.path.rstrip("/"))
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -110,7 +110,7 @@ def open_source(path: str) -> OpenSource:
         raise from_oserror(error, f"opening SOURCE {shown(path)}") from None
     try:
         facts = os.fstat(fd)
-        real_path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        real_path = os.readlink(f"/proc/self/fd/{fd}")
         if is_within(real_path, RUN):
             message = f"SOURCE {shown(path)} lies in overlayd's own storage"
             raise RefusedError(message)
@@ -194,7 +194,7 @@ def open_parent(mount_point: str) -> int:
 
     :raises OSError: if it is gone or reached through a link now.
     """
-    folder = os.path.dirname(mount_point)  # noqa: PTH120
+    folder = os.path.dirname(mount_point)
     if folder == "/":
         return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -211,7 +211,7 @@ def _ancestors(path: str) -> Iterator[tuple[int, int]]:
         yield facts.st_dev, facts.st_ino
         if path == "/":
             return
-        path = os.path.dirname(path)  # noqa: PTH120
+        path = os.path.dirname(path)
 
 
 def check_apart(source: OpenSource, place: Place, table: Table) -> None:

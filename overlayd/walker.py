@@ -104,9 +104,7 @@ def _stored(name: str, dir_fd: int, facts: os.stat_result) -> int:
         return _pages(facts.st_size)
     fd = open_file(name, dir_fd)
     try:
-        return sum(
-            _pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size)
-        )
+        return sum(_pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size))
     finally:
         os.close(fd)
 
@@ -278,9 +276,7 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
                 try:
                     bases.append(open_base(bases[-1], name))
                 except NotADirectoryError:
-                    raise conflict(
-                        walk.path("."), base_label, base_is_directory=False
-                    ) from None
+                    raise conflict(walk.path("."), base_label, base_is_directory=False) from None
                 continue
             if kind is Kind.LEAVE:
                 if (base := bases.pop()) is not None:

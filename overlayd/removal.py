@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The operations that take an overlay away, and who stands in their way."""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from overlayd import holders
+from overlayd import syscalls as sys
+from overlayd.errors import BusyError
+from overlayd.executor import Step
+from overlayd.model import Phase, shown
+
+if TYPE_CHECKING:
+    from overlayd.executor import Run
+    from overlayd.model import Record
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRemoving(Step):
+    """Note that the overlay is on its way out."""
+
+    before: Record
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return f"note that {self.before.name} is being removed"
+
+    def apply(self, run: Run) -> None:
+        """Write it."""
+        run.write(self.before.with_(phase=Phase.REMOVING))
+
+    def undo(self, run: Run) -> None:
+        """Write the record as it was."""
+        run.write(self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckUnused(Step):
+    """Ask other mount namespaces, which a plain unmount does not ask."""
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return "check that nobody in another mount namespace uses it"
+
+    def apply(self, run: Run) -> None:
+        """Look for copies of the mount, and only if there are any at every process.
+
+        :raises BusyError: if one uses the overlay, naming it.
+        """
+        run.copied = holders.foreign_copies(run.record.uuid)
+        if run.copied:
+            check_unused(run.record)
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Step):
+    """Unmount the overlay."""
+
+    mount_point: str
+    lazy: bool
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        how = "even if it is in use" if self.lazy else "if nobody uses it"
+        return f"detach the overlay from {shown(self.mount_point)}, {how}"
+
+    def apply(self, run: Run) -> None:
+        """Unmount.
+
+        :raises BusyError: if it is in use and not *lazy*, saying by whom.
+        """
+        for patience in (0.01, 0.05, 0.2, 0.0):
+            try:
+                sys.umount2(self.mount_point, sys.MNT_DETACH if self.lazy else 0)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            else:
+                return
+            check_unused(run.record)
+            # Nobody to name: somebody looked at the mount for a moment, as 'list' does.
+            time.sleep(patience)
+        message = f"{run.record.name} is in use, and no process shows how"
+        raise BusyError(message, hint="a loop device, a bind mount or a namespace; or use --lazy")
+
+
+def check_unused(record: Record) -> None:
+    """Refuse if a process uses the overlay, in any mount namespace.
+
+    :raises BusyError: naming pid, command and path.
+    """
+    if record.tree is None:
+        return
+    users = holders.find({record.tree.fsid})
+    if users:
+        named = ", ".join(
+            f"{user.pid} ({shown(user.command)}) at {shown(user.path)}" for user in users[:5]
+        )
+        more = f" and {len(users) - 5} more" if len(users) > 5 else ""  # noqa: PLR2004
+        message = f"{record.name} is in use by {named}{more}"
+        raise BusyError(message, hint="end them, or let them keep their old files with --lazy")
+
+
+@dataclass(frozen=True, slots=True)
+class Retire(Step):
+    """Free the name; keep a note while somebody still uses what was detached."""
+
+    lazy: bool
+    final: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return "free the name"
+
+    def apply(self, run: Run) -> None:
+        """Drop the record, or turn it into the note."""
+        record = run.record
+        if (self.lazy or run.copied) and record.tree is not None:
+            run.draining = in_use(record)
+        if run.draining:
+            run.write(record.with_(phase=Phase.DRAINING))
+        else:
+            run.store.drop(record.uuid)
+
+
+def in_use(record: Record) -> bool:
+    """Whether a process or another mount namespace holds the overlay."""
+    if record.tree is None:
+        return False
+    return bool(holders.find({record.tree.fsid})) or holders.foreign_copies(record.uuid)
