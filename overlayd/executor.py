@@ -2,9 +2,9 @@
 """The one executor: runs operations in order and, when one fails, undoes them in reverse.
 
 An operation describes itself, applies itself and undoes itself.  ``undo`` is also called for the
-operation that failed, and copes with its being half done.  Operations marked ``final`` come after
-the change is committed: they are not undone, and what they leave after a crash the next command
-finishes.
+operation that failed, and copes with its being half done.  Once a *decisive* operation is done the
+change has happened: nothing is undone any more, and what a failure or a crash leaves open after
+that, the next command finishes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from overlayd.errors import OverlaydError, SpaceError, from_oserror
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from overlayd.model import Record
+    from overlayd.model import Record, Tree
     from overlayd.overlayfs import Exchange
     from overlayd.progress import Progress
     from overlayd.store import Lock, Store
@@ -44,6 +44,7 @@ class Run:
     base_fd: int = -1
     base_mount_fd: int = -1
     overlay_fd: int = -1
+    built: Tree | None = None
     attached: bool = False
     copied: bool = False
     draining: bool = False
@@ -70,7 +71,7 @@ class Run:
 class Operation(Protocol):
     """One step."""
 
-    final: ClassVar[bool]
+    decisive: ClassVar[bool]
 
     def describe(self) -> str:
         """Say what the step does, for people."""
@@ -83,9 +84,9 @@ class Operation(Protocol):
 
 
 class Step:
-    """What most operations share: not final, and nothing to undo."""
+    """What most operations share: not decisive, and nothing to undo."""
 
-    final: ClassVar[bool] = False
+    decisive: ClassVar[bool] = False
 
     def undo(self, run: Run) -> None:
         """Nothing to take back."""
@@ -99,6 +100,7 @@ class Executor:
     operations: Sequence[Operation]
     trace: Callable[[str, Operation], None] | None = None
     _begun: int = field(default=0)
+    _decided: bool = field(default=False)
 
     def advance(self, before: type | None = None) -> None:
         """Run the operations not yet run, up to the first of type *before*.
@@ -110,14 +112,15 @@ class Executor:
             if before is not None and isinstance(operation, before):
                 return
             try:
-                if not operation.final:
+                if not self._decided:
                     self.run.progress.check()
                 self._begun += 1
                 self._point("before", operation)
                 operation.apply(self.run)
+                self._decided |= operation.decisive
                 self._point("after", operation)
             except BaseException as error:
-                if not operation.final:
+                if not self._decided:
                     self.roll_back()
                 if isinstance(error, OSError):
                     raise _translate(error, operation) from error

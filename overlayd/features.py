@@ -87,7 +87,7 @@ def _probe_here() -> dict[str, object]:
 def _ground() -> None:
     _attach(overlayfs.make_tmpfs(1 << 20, 1024), _GROUND)
     sys.mount_propagation(_GROUND, sys.MS_PRIVATE)
-    for name in ("a", "b", "place", "stage", "upper", "work", "upper2", "work2", "d0", "d1", "d2"):
+    for name in ("a", "b", "place", "stage", "upper", "work", "d0", "d1", "d2"):
         os.mkdir(f"{_GROUND}/{name}")
 
 
@@ -100,14 +100,11 @@ def _attach(mount_fd: int, path: str) -> None:
         os.close(mount_fd)
 
 
-def _overlay(*lowers: str, number: str = "") -> None:
+def _overlay(*lowers: str) -> None:
     top = os.open(_GROUND, _OPEN)
     fds = [os.open(name, _OPEN, dir_fd=top) for name in lowers]
-    upper = tuple(os.open(f"{name}{number}", _OPEN, dir_fd=top) for name in ("upper", "work"))
-    mount = overlayfs.make_overlay("probe", fds, (upper[0], upper[1]), 0)
-    _attach(mount, f"{_GROUND}/place")
-    if number:
-        return
+    upper_work = os.open("upper", _OPEN, dir_fd=top), os.open("work", _OPEN, dir_fd=top)
+    _attach(overlayfs.make_overlay("probe", fds, upper_work, 0), f"{_GROUND}/place")
     with open(f"{_GROUND}/place/file", "w", encoding="ascii") as file:
         file.write("probe")
 
@@ -123,7 +120,8 @@ def _exchange(way: overlayfs.Exchange) -> None:
     new = overlayfs.make_overlay("probe", fds, None, 0)
     try:
         device = os.fstat(new).st_dev
-        overlayfs.exchange(new, f"{_GROUND}/place", parent, f"{_GROUND}/stage", way)
+        overlayfs.put_beneath(new, f"{_GROUND}/place", parent, f"{_GROUND}/stage", way)
+        sys.umount2(f"{_GROUND}/place", sys.MNT_DETACH)
     finally:
         os.close(new)
     if os.stat(f"{_GROUND}/place").st_dev != device:

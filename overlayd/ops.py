@@ -14,14 +14,13 @@ from overlayd import syscalls as sys
 from overlayd.errors import KernelError, OverlaydError, from_oserror
 from overlayd.executor import Step
 from overlayd.model import Phase, Record, SourceKind, Tree, human_size, shown
-from overlayd.store import storage_path, upper_name
+from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY, Limits
 
 if TYPE_CHECKING:
     from overlayd.executor import Run
     from overlayd.targets import OpenPlace, OpenSource
 
-LAYER: Final = "layer"
 TREE: Final = "tree"
 EMPTY: Final = "empty"
 
@@ -167,6 +166,25 @@ def base_of(run: Run) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce(Step):
+    """Note what the overlay is about to show, before anything is made for it."""
+
+    tree: Tree
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return f"note that version {self.tree.version} is to be shown"
+
+    def apply(self, run: Run) -> None:
+        """Write it."""
+        run.write(run.record.with_(pending=self.tree))
+
+    def undo(self, run: Run) -> None:
+        """Take it back."""
+        run.write(run.record.with_(pending=None))
+
+
+@dataclass(frozen=True, slots=True)
 class OpenBase(Step):
     """Reach the base beneath a live overlay, through a copy of the mount that it lies on."""
 
@@ -263,21 +281,18 @@ class BuildOverlay(Step):
             except OSError as error:
                 raise _build_error(error, base) from None
             _check_overlay(run.overlay_fd, base, lowers[0] if len(lowers) > 1 else -1)
-        tree = Tree(
+        run.built = Tree(
             version=self.tree.version,
             upper=self.tree.upper,
             st_dev=os.fstat(run.overlay_fd).st_dev,
             fsid=sys.fstatfs(run.overlay_fd).fsid,
         )
-        run.write(record.with_(pending=tree))
 
     def undo(self, run: Run) -> None:
-        """Close it, which ends it, and take it out of the record."""
+        """Close it, which ends it."""
         if run.overlay_fd >= 0:
             os.close(run.overlay_fd)
             run.overlay_fd = -1
-        if run.record.pending is not None and run.record.tree is not None:
-            run.write(run.record.with_(pending=None))
 
 
 def _inherited(base: int) -> int:
@@ -381,42 +396,56 @@ class Attach(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class Replace(Step):
-    """Put the new mount beneath the present one and detach that: no gap."""
+class PutBeneath(Step):
+    """Put the new mount beneath the present one: nobody sees it yet."""
+
+    mount_point: str
+    decisive: ClassVar[bool] = True
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return f"put it beneath the present overlay at {shown(self.mount_point)}"
+
+    def apply(self, run: Run) -> None:
+        """Put it there, by the kernel's own call or by propagation."""
+        parent = targets.open_parent(self.mount_point)
+        try:
+            stage = run.store.stage(run.record.uuid)
+            overlayfs.put_beneath(run.overlay_fd, self.mount_point, parent, stage, run.way)
+        finally:
+            os.close(parent)
+            run.store.unstage(run.record.uuid)
+
+
+@dataclass(frozen=True, slots=True)
+class DetachOld(Step):
+    """Detach the present mount, so that the one beneath it shows: no gap."""
 
     mount_point: str
 
     def describe(self) -> str:
         """Say what the step does."""
-        return f"put it beneath the present overlay at {shown(self.mount_point)}, and detach that"
+        return "detach the present one; programs keep the files they have open"
 
     def apply(self, run: Run) -> None:
-        """Exchange the two."""
-        parent = targets.open_parent(self.mount_point)
-        try:
-            stage = run.store.stage(run.record.uuid)
-            overlayfs.exchange(run.overlay_fd, self.mount_point, parent, stage, run.way)
-        finally:
-            os.close(parent)
-        run.store.unstage(run.record.uuid)
-
-    def undo(self, run: Run) -> None:
-        """Clear the stage; the exchange itself is done or not begun."""
-        run.store.unstage(run.record.uuid)
+        """Detach the topmost mount."""
+        del run
+        sys.umount2(self.mount_point, sys.MNT_DETACH)
 
 
 @dataclass(frozen=True, slots=True)
 class Commit(Step):
     """Write into the record what is shown now."""
 
+    decisive: ClassVar[bool] = True
+
     def describe(self) -> str:
         """Say what the step does."""
         return "write the record"
 
     def apply(self, run: Run) -> None:
-        """Make the pending tree the one that counts."""
-        record = run.record
-        run.write(record.with_(phase=Phase.ACTIVE, tree=record.pending, pending=None))
+        """Make the tree that was built the one that counts."""
+        run.write(run.record.with_(phase=Phase.ACTIVE, tree=run.built, pending=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,7 +453,6 @@ class DropStorage(Step):
     """Unmount storage that is not needed any more."""
 
     which: str = ""
-    final: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Say what the step does."""

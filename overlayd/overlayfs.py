@@ -145,7 +145,16 @@ def staged(mount_fd: int, stage: str) -> Iterator[int]:
         finally:
             os.close(root_fd)
     finally:
-        sys.umount2(stage, sys.MNT_DETACH)
+        unstage(stage)
+
+
+def unstage(stage: str) -> None:
+    """Detach what is mounted at *stage*, and nothing elsewhere.
+
+    Made private first: a peer's unmount would propagate and take mounts of others along.
+    """
+    sys.mount_propagation(stage, sys.MS_REC | sys.MS_PRIVATE)
+    sys.umount2(stage, sys.MNT_DETACH)
 
 
 def clone(fd: int) -> int:
@@ -153,14 +162,14 @@ def clone(fd: int) -> int:
     return sys.open_tree(fd, "", sys.OPEN_TREE_CLONE | sys.AT_EMPTY_PATH)
 
 
-def exchange(
+def put_beneath(
     new_fd: int, place: str, parent_fd: int, stage: str, way: Exchange | None = None
-) -> Exchange:
-    """Put the detached mount *new_fd* beneath the one at *place*, and detach that one.
+) -> None:
+    """Put the detached mount *new_fd* beneath the one at *place*.
 
-    A reader sees the old or the new mount and never what lies below.  *parent_fd* is open on the
-    directory that holds *place*; *stage* as for :func:`staged`.  Without *way* the kernel's own
-    call is tried first.  Returns the way that was taken.
+    When that one is detached afterwards, a reader has seen the old or the new mount and never
+    what lies below.  *parent_fd* is open on the directory that holds *place*; *stage* as for
+    :func:`staged`.  Without *way* the kernel's own call is tried first.
     """
     if way is not Exchange.TUCK:
         try:
@@ -169,14 +178,9 @@ def exchange(
             # EINVAL: unknown before 6.5, and refused for some propagation layouts since.
             if way is Exchange.BENEATH or error.errno != errno.EINVAL:
                 raise
-            way = Exchange.TUCK
         else:
-            way = Exchange.BENEATH
-    if way is Exchange.TUCK:
-        _tuck(new_fd, place, parent_fd, stage)
-    else:
-        sys.umount2(place, sys.MNT_DETACH)
-    return way
+            return
+    _tuck(new_fd, place, parent_fd, stage)
 
 
 def _beneath(new_fd: int, place: str) -> None:
@@ -189,7 +193,7 @@ def _beneath(new_fd: int, place: str) -> None:
 
 def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
     """Let *new_fd* arrive through a peer of the parent mount, on which nothing is mounted yet."""
-    name = os.path.basename(place)  # paths are strings here
+    name = os.path.basename(place)
     parent = _mount_of(parent_fd)
     if not parent.shared:
         sys.mount_propagation(parent.mount_point, sys.MS_SHARED)
@@ -202,14 +206,8 @@ def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
                     sys.move_mount(new_fd, inner)
                 finally:
                     os.close(inner)
-                # Or the end of the stage would propagate as well and take the new mount along.
-                sys.mount_propagation(stage, sys.MS_PRIVATE)
-                sys.mount_propagation(f"{stage}/{name}", sys.MS_PRIVATE)
         finally:
             os.close(peer)
-        sys.umount2(place, sys.MNT_DETACH)
-        if not parent.shared:
-            sys.mount_propagation(place, sys.MS_PRIVATE)
     finally:
         if not parent.shared:
             sys.mount_propagation(parent.mount_point, sys.MS_PRIVATE)

@@ -30,7 +30,7 @@ from overlayd.model import (
     is_within,
     shown,
 )
-from overlayd.store import not_found, upper_name
+from overlayd.store import LAYER, not_found, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -140,7 +140,7 @@ def new_record(
         inodes=0 if read_only else config.upper_inodes,
         layers=(Layer(1, request.source, measure.entries, measure.size),),
         tree=None,
-        pending=None,
+        pending=Tree(version=1, upper=0 if read_only else 1),
         deployment=identity.deployment,
     )
 
@@ -155,7 +155,7 @@ def plan_apply(
     inodes = measure.entries + measure.entries // 4 + len(place.prefix) + _SPARE_INODES
     steps: list[Operation] = [
         ops.Reserve(record),
-        ops.MountStorage(ops.LAYER, max(measure.size, 4096), inodes),
+        ops.MountStorage(LAYER, max(measure.size, 4096), inodes),
         ops.FillLayer(
             record.source,
             place.prefix,
@@ -165,7 +165,7 @@ def plan_apply(
             layer.size,
         ),
     ]
-    tree = Tree(version=1, upper=0 if record.options.read_only else 1)
+    tree = record.pending or Tree(version=1, upper=0)
     steps += _upper(record, tree)
     steps.append(ops.BuildOverlay(tree))
     if place.entry:
@@ -197,16 +197,20 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
     present = _in_place(overlay, inside)
     number = present.upper + 1 if present.upper else 0
     tree = Tree(version=version, upper=number)
-    steps: list[Operation] = [ops.OpenBase(record.mount_point, record.entry)]
+    steps: list[Operation] = [
+        ops.Announce(tree),
+        ops.OpenBase(record.mount_point, record.entry),
+    ]
     steps += _upper(record, tree)
     steps.append(ops.BuildOverlay(tree))
     steps.append(ops.CloseBase())
     if record.entry:
         steps.append(ops.ShowEntry(record.entry))
-    steps += [ops.Replace(record.mount_point), ops.Commit()]
+    steps += [ops.PutBeneath(record.mount_point), ops.DetachOld(record.mount_point)]
     if present.upper:
+        # Before the record is written: until then the next command knows of it.
         steps.append(ops.DropStorage(upper_name(present.upper)))
-    return tuple(steps)
+    return (*steps, ops.Commit())
 
 
 def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tuple[Operation, ...]:

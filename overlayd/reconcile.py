@@ -8,17 +8,19 @@ the lock goes with the process that died.  What cannot be proven to be overlayd'
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from overlayd import overlayfs
 from overlayd import syscalls as sys
 from overlayd.errors import from_oserror
 from overlayd.model import UUID, Overlay, Phase, Record, State
-from overlayd.store import storage_path, upper_name
+from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from overlayd.model import Tree
     from overlayd.mountinfo import Mount, Table
     from overlayd.store import Store
 
@@ -29,7 +31,8 @@ def unfinished(records: Sequence[Record], storages: Sequence[str]) -> bool:
     for record in records:
         if record.pending is not None or record.phase in {Phase.PREPARING, Phase.REMOVING}:
             return True
-        known.add(record.uuid)
+        if record.phase is not Phase.DRAINING:
+            known.add(record.uuid)
     return any(uuid not in known for uuid in storages)
 
 
@@ -44,10 +47,10 @@ def settle(store: Store, table: Table) -> list[str]:
     records = {record.uuid: record for record in store.records()}
     for uuid in {*records, *store.storages()}:
         record = records.get(uuid)
-        if record is not None and record.pending is None:
-            if record.phase in {Phase.ACTIVE, Phase.DRAINING}:
+        if record is None:
+            if UUID.fullmatch(uuid) is None:
                 continue
-        elif UUID.fullmatch(uuid) is None:
+        elif record.phase is Phase.ACTIVE and record.pending is None:
             continue
         try:
             lock = store.try_lock(uuid)
@@ -77,6 +80,7 @@ def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
     if uuid in table.tagged:
         return []  # the record was lost, the overlay was not: cleanup's business
     store.unstage(uuid)
+    store.drop(uuid)
     store.drop_storage(uuid)
     return [f"unmounted storage left by {uuid}"]
 
@@ -92,31 +96,46 @@ def attached(record: Record, table: Table) -> list[Mount]:
 
 def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     store.unstage(record.uuid)
+    if record.phase is Phase.DRAINING:
+        store.drop_storage(record.uuid)
+        return []
+    tree = record.tree
     devices = {mount.st_dev for mount in attached(record, table)}
-    pending, tree = record.pending, record.tree
+    old_stands = tree is not None and tree.st_dev in devices
     if record.phase is Phase.REMOVING:
-        if tree is not None and tree.st_dev in devices:
+        if old_stands:
             store.write(record.with_(phase=Phase.ACTIVE))
             return [f"{record.name}: its removal had not begun; it stays"]
         _forget(store, record)
         return [f"{record.name}: finished its removal"]
-    if pending is not None and pending.st_dev in devices:
-        if tree is not None and tree.st_dev in devices and tree.st_dev != pending.st_dev:
-            # Both are attached: the new one beneath, the old one on top.
-            sys.umount2(record.mount_point, sys.MNT_DETACH)
-        store.write(record.with_(phase=Phase.ACTIVE, tree=pending, pending=None))
-        if tree is not None and tree.upper and tree.upper != pending.upper:
-            store.drop_storage(record.uuid, upper_name(tree.upper))
-        return [f"{record.name}: finished what was cut short"]
+    if record.pending is None:
+        return []
+    new = devices - {tree.st_dev if tree is not None else 0}
+    if new:
+        return _finish(store, record, record.pending, new.pop(), old_stands=old_stands)
     if record.phase is Phase.PREPARING:
         _forget(store, record)
         return [f"{record.name}: dropped, it had not been attached"]
-    if pending is not None:
-        store.write(record.with_(pending=None))
-        if pending.upper:
-            store.drop_storage(record.uuid, upper_name(pending.upper))
-        return [f"{record.name}: its reset had not begun; it stays as it was"]
-    return []
+    if record.pending.upper:
+        store.drop_storage(record.uuid, upper_name(record.pending.upper))
+    store.write(record.with_(pending=None))
+    return [f"{record.name}: its reset had not begun; it stays as it was"]
+
+
+def _finish(
+    store: Store, record: Record, pending: Tree, st_dev: int, *, old_stands: bool
+) -> list[str]:
+    """Let the tree that is attached already be the one that counts."""
+    if old_stands:
+        # Both are attached: the new one beneath, the old one on top.
+        sys.umount2(record.mount_point, sys.MNT_DETACH)
+    if record.tree is not None and record.tree.upper:
+        store.drop_storage(record.uuid, upper_name(record.tree.upper))
+    top = upper_name(pending.upper) if pending.upper else LAYER
+    fsid = sys.statfs(storage_path(record.uuid, top)).fsid
+    tree = replace(pending, st_dev=st_dev, fsid=fsid)
+    store.write(record.with_(phase=Phase.ACTIVE, tree=tree, pending=None))
+    return [f"{record.name}: finished what was cut short"]
 
 
 def _forget(store: Store, record: Record) -> None:

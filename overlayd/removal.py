@@ -62,6 +62,7 @@ class Detach(Step):
 
     mount_point: str
     lazy: bool
+    decisive: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Say what the step does."""
@@ -110,7 +111,6 @@ class Retire(Step):
     """Free the name; keep a note while somebody still uses what was detached."""
 
     lazy: bool
-    final: ClassVar[bool] = True
 
     def describe(self) -> str:
         """Say what the step does."""

@@ -52,6 +52,8 @@ _PATIENCE: Final = 10.0
 RECORDS: Final = f"{RUN}/records"
 STORAGE: Final = f"{RUN}/storage"
 STAGE: Final = f"{RUN}/stage"
+LAYER: Final = "layer"
+"""The part of an overlay's storage that its layer is in."""
 QUARANTINE: Final = f"{RUN}/quarantine"
 _WORLD: Final = f"{RUN}/world.json"
 _LOCK: Final = f"{RUN}/lock"
@@ -215,8 +217,17 @@ class Store:
         return path
 
     def unstage(self, uuid: str) -> None:
-        """Remove the overlay's stage and whatever a crash left mounted on it."""
-        _unmount_all(f"{STAGE}/{uuid}")
+        """Remove the overlay's stage and whatever is mounted on it.
+
+        :raises OSError: if the kernel refuses.
+        """
+        path = f"{STAGE}/{uuid}"
+        try:
+            while _is_mount(path):
+                overlayfs.unstage(path)
+            os.rmdir(path)
+        except FileNotFoundError:
+            return
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

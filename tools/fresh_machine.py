@@ -166,12 +166,7 @@ def bootstrap(suite: str, root: Path) -> list[str]:
     mirror = apt_mirror()
     if mirror.startswith("https:"):
         command.append("--include=ca-certificates")
-    settings = subprocess.run(
-        ["apt-config", "dump", "--format", '%F "%v";%n', "Acquire"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
+    settings = output("apt-config", "dump", "--format", '%F "%v";%n', "Acquire").splitlines()
     wanted = ("http::", "https::", "Check-", "ForceIPv", "Retries")
     command += [
         f"--aptopt={setting}"
@@ -186,17 +181,14 @@ def apt_mirror() -> str:
     """Return this machine's Debian mirror, or nothing where it has none."""
     if mirror := os.environ.get("OVERLAYD_APT_MIRROR"):
         return mirror
-    listing = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    targets = [line.split("|", 1) for line in listing.splitlines()]
-    # Labels are known only once lists have been fetched.
-    labelled = [uri for label, uri in targets if label == "Debian"]
-    for uri in labelled or [uri for _, uri in targets if uri.rstrip("/").endswith("/debian")]:
-        return first_of_list(uri)
+    targets = ("apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)")
+    if not (listing := output(*targets)):  # without lists it knows of nothing
+        subprocess.run(["apt-get", "-qq", "update"], check=True)
+        listing = output(*targets)
+    for line in listing.splitlines():
+        label, uri = line.split("|", 1)
+        if label == "Debian":
+            return first_of_list(uri)
     return ""
 
 
@@ -228,10 +220,10 @@ def clone_head(scratch: Path) -> Path:
 
 def give(root: Path, pip: Pip) -> None:
     """Put into the machine what lets it reach what this one reaches."""
-    for name in ("resolv.conf", "hosts"):
-        target = root / "etc" / name
+    for source in filter(Path.exists, (Path("/etc/resolv.conf"), Path("/etc/hosts"))):
+        target = Path(f"{root}{source}")
         target.unlink(missing_ok=True)
-        shutil.copy(f"/etc/{name}", target)
+        shutil.copy(source, target)
     given = Path(f"{root}{GIVEN}")
     given.mkdir()
     for name, source in pip.files.items():
@@ -255,7 +247,7 @@ def pip_configuration() -> Pip:
                 files[name] = path
                 words.append(f"{GIVEN}/{name}")
                 continue
-            if path.is_absolute() and path.is_dir():
+            if path.is_absolute() and key.endswith(("index-url", "find-links")):
                 # An index refers to packages beside it.
                 beside = key.endswith("index-url") and path.parent != path.parents[-1]
                 directories.add(path.parent if beside else path)
@@ -269,9 +261,7 @@ def pip_configuration() -> Pip:
         or name in {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"}
         or name.lower() in {"http_proxy", "https_proxy", "no_proxy", "all_proxy"}
     }
-    listing = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
-    ).stdout
+    listing = output(sys.executable, "-m", "pip", "config", "list")
     config: dict[str, list[str]] = {}
     for line in listing.splitlines():
         name, _, quoted = line.partition("=")
@@ -285,8 +275,13 @@ def pip_configuration() -> Pip:
         config=text,
         environment=environment,
         files=files,
-        directories=frozenset(directories),
+        directories=frozenset(filter(Path.is_dir, directories)),
     )
+
+
+def output(*command: str) -> str:
+    """Return what a command prints."""
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def die(message: str) -> NoReturn:
