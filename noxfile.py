@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 PYTHON_SOURCES = ("overlayd", "noxfile.py", "tests", "benchmarks", "demo", "tools")
 # Bounded where a newer release is allowed to find more: an old commit must stay green.
 LINTERS = ("ruff~=0.17.6", "mypy>=2.4,<3", "import-linter>=2.3", "nox")
-TESTS = ("pytest>=8", "pytest-xdist>=3.6")
+TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 COVERAGE = "coverage>=7.10.3"  # its subprocess patch
 
 

@@ -119,8 +119,7 @@ def large_source(path: str, files: int, size: int) -> str:
     noise = os.urandom(1 << 20)
     for number, weight in enumerate(weights):
         folder = f"{path}/{number % 20}/{number // 20 % 20}"
-        if number < 400:
-            os.makedirs(folder)
+        os.makedirs(folder, exist_ok=True)
         with open(f"{folder}/{number}", "wb") as file:
             left = round(weight * unit)
             while left > 0:
@@ -184,5 +183,4 @@ def _serve(
         open(answers_fd, "w", buffering=1, encoding="ascii") as answers,
     ):
         answers.write("0\n")
-        for line in orders:
-            answers.write(f"{works[line.strip()]()!r}\n")
+        answers.writelines(f"{works[line.strip()]()!r}\n" for line in orders)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import cleanup, mountinfo, ops, ostree, plan, reconcile
 from overlayd import syscalls as sys
-from overlayd.errors import NoPermissionError
+from overlayd.errors import NoPermissionError, NotFoundError
 from overlayd.examine import examine
 from overlayd.executor import Executor, Run
 from overlayd.model import Overlay, Phase, State, Storage, check_name
 from overlayd.progress import Progress
-from overlayd.store import Store, boot_id, storage_path, upper_name
+from overlayd.store import Store, boot_id, not_found, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from overlayd.config import Config
     from overlayd.executor import Operation
     from overlayd.model import Record, Request
-    from overlayd.mountinfo import Mount
+    from overlayd.mountinfo import Mount, Table
     from overlayd.overlayfs import Exchange
 
 BASE: Final = 0
@@ -152,7 +152,30 @@ class Manager:
         :raises NotFoundError: if there is none of this name.
         """
         record = plan.by_name(check_name(name), self._observed())
-        return _with_storage(reconcile.observe(record, mountinfo.read()))
+        overlay = self._certain(record, mountinfo.read())
+        if overlay is None:
+            raise not_found(name)
+        return _with_storage(overlay)
+
+    def _certain(self, record: Record, table: Table) -> Overlay | None:
+        """Hold a record against a table read a moment later; None if it is gone.
+
+        What does not fit together may be a change under way: then once more, under the lock.
+        """
+        overlay = reconcile.observe(record, table)
+        if overlay.state is State.ACTIVE and record.phase is Phase.ACTIVE:
+            return overlay
+        try:
+            lock = self._store.lock(record)
+        except NotFoundError:
+            return None
+        try:
+            fresh = self._store.get(record.uuid)
+            if fresh is None or fresh.phase is Phase.DRAINING:
+                return None
+            return reconcile.observe(fresh, mountinfo.read())
+        finally:
+            lock.release()
 
     def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
         """Take an overlay back to *version*, without what was edited since.
@@ -243,9 +266,10 @@ class Manager:
         records = self._observed()
         table = mountinfo.read()
         found = [
-            _with_storage(reconcile.observe(record, table))
+            _with_storage(overlay)
             for record in records
             if record.phase in {Phase.ACTIVE, Phase.REMOVING}
+            and (overlay := self._certain(record, table)) is not None
         ]
         if draining:
             gone = cleanup.drained(records)

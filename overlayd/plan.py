@@ -90,10 +90,15 @@ def check_free(name: str, place: Place, present: Iterable[Record], limit: int) -
 def check_mounts(place: Place, within: Sequence[Mount]) -> None:
     """Refuse a target that has mounts on it or beneath it, naming them.
 
-    :raises RefusedError: if there is one.
+    :raises ExistsError: if one is an overlay of overlayd's, made since the records were read.
+    :raises RefusedError: if there is another.
     """
     if not within:
         return
+    for mount in within:
+        if mount.tag is not None:
+            message = f"another overlay lies on {shown(mount.mount_point)}"
+            raise ExistsError(message, hint="overlays do not nest; remove the other one first")
     names = ", ".join(
         f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
         for mount in within[:_MAX_NAMES]

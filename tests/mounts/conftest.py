@@ -36,6 +36,7 @@ RUN = Path("/run/overlayd")
 SOURCES = Path("/run/sources")
 EMPTY_CONFIG = Path("/run/empty.toml")
 COMMAND = (sys.executable, "-m", "overlayd")
+ROOT = Path(__file__).parents[2]
 _machine: list[int] = []
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -133,12 +134,11 @@ class World:
         settings: config.Config | None = None,
     ) -> Manager:
         """Return a manager with the default configuration, or with *settings*."""
-
         return Manager(
             lambda: settings or defaults(), warn=self.warnings.append, way=way, trace=trace
         )
 
-    def apply(  # noqa: PLR0913  # what an apply can be given
+    def apply(  # what an apply can be given
         self,
         name: str,
         source: Path | str,
@@ -170,7 +170,7 @@ class World:
             text=True,
             errors="surrogateescape",
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             check=False,
         )
         if code is not None:

@@ -165,13 +165,13 @@ def test_programs_with_capabilities_of_the_base_keep_them(world: World) -> None:
     base = world.base("app", FILES)
     program = base / "cat"
     shutil.copy("/usr/bin/cat", program)
-    subprocess.run(["setcap", "cap_dac_read_search=ep", program], check=True)  # noqa: S607
+    subprocess.run(["setcap", "cap_dac_read_search=ep", program], check=True)
     secret = Path("/run/secret")
     secret.write_text("seen")
     secret.chmod(0o600)
     source = world.source("s", {"a": "new"})
     shutil.copy("/usr/bin/cat", source / "mine")
-    subprocess.run(["setcap", "cap_dac_read_search=ep", source / "mine"], check=True)  # noqa: S607
+    subprocess.run(["setcap", "cap_dac_read_search=ep", source / "mine"], check=True)
     world.apply("fix", source, base)
     for name, code in (("cat", 0), ("mine", 1)):
         done = subprocess.run(
@@ -182,7 +182,7 @@ def test_programs_with_capabilities_of_the_base_keep_them(world: World) -> None:
 
 def test_nosuid_of_the_base_mount_is_kept(world: World) -> None:
     base = world.base("app", FILES)
-    subprocess.run(["mount", "-o", "remount,bind,nosuid,noexec", PLAY], check=True)  # noqa: S607
+    subprocess.run(["mount", "-o", "remount,bind,nosuid,noexec", PLAY], check=True)
     world.apply("fix", world.source("s", {"a": "new"}), base)
     flags = os.statvfs(base).f_flag
     assert flags & os.ST_NOSUID

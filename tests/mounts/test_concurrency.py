@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Two commands at the same moment: exactly one wins, and nobody waits for another's copying."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+from typing import TYPE_CHECKING
+
+from overlayd.errors import ExistsError, OverlaydError
+from overlayd.model import Request
+from overlayd.progress import Progress
+from tests.mounts.conftest import PLAY, World, snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from overlayd.executor import Operation
+
+_fork = multiprocessing.get_context("fork")
+
+
+def race(works: list[Callable[[], object]]) -> list[str]:
+    """Run *works* in processes that start at the same moment; return what each came to."""
+    barrier = _fork.Barrier(len(works))
+    answers = _fork.Queue()
+
+    def one(number: int, work: Callable[[], object]) -> None:
+        barrier.wait()
+        try:
+            work()
+            answers.put((number, "done"))
+        except OverlaydError as error:
+            answers.put((number, error.code))
+        except BaseException as error:  # noqa: BLE001  # the test compares it
+            answers.put((number, repr(error)))
+
+    processes = [_fork.Process(target=one, args=pair) for pair in enumerate(works)]
+    for process in processes:
+        process.start()
+    got = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return [got[number] for number in range(len(works))]
+
+
+def test_of_two_applies_with_one_name_exactly_one_wins(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    for name in ("t0", "t1", "t2", "t3"):
+        world.base(name, {"a": "base"})
+    for _ in range(10):
+        got = race(
+            [
+                lambda t=t: World().apply("same", source, PLAY / t)  # type: ignore[misc]
+                for t in ("t0", "t1", "t2", "t3")
+            ]
+        )
+        assert sorted(got) == ["done", "exists", "exists", "exists"]
+        world.check_invariants()
+        world.manager().remove("same")
+    assert world.leftovers() == []
+
+
+def test_of_applies_on_the_same_or_nested_targets_exactly_one_wins(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    base = world.base("t", {"inner/deep/a": "base"})
+    targets = [base, base, base / "inner", base / "inner/deep"]
+    for _ in range(10):
+        got = race(
+            [
+                lambda n=n, t=t: World().apply(f"n{n}", source, t)  # type: ignore[misc]
+                for n, t in enumerate(targets)
+            ]
+        )
+        assert sorted(got) == ["done", "exists", "exists", "exists"]
+        world.check_invariants()
+        (overlay,) = world.manager().list()
+        world.manager().remove(overlay.record.name)
+    assert world.leftovers() == []
+
+
+def test_a_long_copy_delays_no_other_command(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    for name in ("slow", "quick"):
+        world.base(name, {"a": "base"})
+    copying, release = threading.Event(), threading.Event()
+
+    def trace(when: str, operation: Operation) -> None:
+        if when == "before" and type(operation).__name__ == "FillLayer":
+            copying.set()
+            assert release.wait(30)
+
+    slow = world.manager(trace=trace)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            slow.apply(Request("slow", str(source), str(PLAY / "slow")), Progress())
+        except BaseException as error:  # noqa: BLE001  # handed to the test
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert copying.wait(30)
+    world.apply("quick", source, PLAY / "quick")
+    assert [o.record.name for o in world.manager().list()] == ["quick"]
+    world.manager().reset("quick", 1)
+    world.manager().remove("quick")
+    try:
+        world.apply("slow", source, PLAY / "quick")
+    except ExistsError as error:
+        assert "another command is applying it" in error.message
+    else:
+        raise AssertionError
+    release.set()
+    thread.join()
+    assert errors == []
+    world.check_invariants()
+
+
+def test_remove_twice_at_once_removes_once(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    base = world.base("t", {"a": "base"})
+    for _ in range(10):
+        world.apply("x", source, base)
+        got = race([lambda: World().manager().remove("x")] * 3)
+        assert sorted(got) == ["done", "not-found", "not-found"]
+        assert world.leftovers() == []
+
+
+def test_resets_and_readers_at_once_all_succeed(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    base = world.base("t", {"a": "base"})
+    world.apply("x", source, base)
+
+    def resets() -> None:
+        for _ in range(20):
+            World().manager().reset("x", 1)
+
+    def lists() -> None:
+        for _ in range(50):
+            (overlay,) = World().manager().list()
+            assert overlay.state == "active", overlay
+
+    assert race([resets, resets, lists]) == ["done", "done", "done"]
+    world.check_invariants()
+
+
+def test_a_storm_of_random_commands_ends_consistent(world: World) -> None:
+    source = world.source("s", {"a": "new"})
+    targets: list[Path] = [world.base(f"t{n}", {"in/a": "base"}) for n in range(4)]
+    targets += [target / "in" for target in targets]
+    before = snapshot(PLAY)
+    allowed = {"exists", "not-found", "busy"}
+
+    def storm(seed: int) -> None:
+        generator = random.Random(seed)
+        manager = World().manager()
+        for _ in range(60):
+            name = f"n{generator.randrange(5)}"
+            try:
+                match generator.randrange(5):
+                    case 0 | 1:
+                        target = generator.choice(targets)
+                        manager.apply(Request(name, str(source), str(target)), Progress())
+                    case 2:
+                        manager.remove(name, lazy=generator.random() < 0.3)
+                    case 3:
+                        manager.reset(name, generator.randrange(2))
+                    case _:
+                        manager.list()
+            except OverlaydError as error:
+                if error.code not in allowed:
+                    os.write(2, f"storm: {error.code}: {error}\n".encode())
+                    raise
+
+    assert race([lambda seed=seed: storm(seed) for seed in range(4)]) == ["done"] * 4  # type: ignore[misc]
+    world.check_invariants()
+    for overlay in world.manager().list():
+        world.manager().remove(overlay.record.name)
+    assert snapshot(PLAY) == before
+    assert world.leftovers() == []

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A reader in another process sees the overlay through every reset: never the base, no gap."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from overlayd import syscalls
+from overlayd.overlayfs import Exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.mounts.conftest import World
+
+RESETS = 200
+
+
+def watched(path: Path, work: Callable[[], None]) -> tuple[int, int, int]:
+    """Do *work* while a child opens and reads *path*; return opens, failures, other contents."""
+    reading, writing = os.pipe()
+    stop_reading, stop_writing = os.pipe()
+    os.set_blocking(stop_reading, False)
+    child = os.fork()
+    if child == 0:
+        name = str(path)
+        opens = failures = others = 0
+        while True:
+            try:
+                fd = os.open(name, os.O_RDONLY)
+                others += os.read(fd, 64) != b"overlay"
+                os.close(fd)
+            except OSError:
+                failures += 1
+            opens += 1
+            if opens == 1:
+                os.write(writing, b"!")
+            if opens % 64 == 0:
+                try:
+                    os.read(stop_reading, 1)
+                    break
+                except BlockingIOError:
+                    continue
+        os.write(writing, f"{opens} {failures} {others}".encode())
+        os._exit(0)
+    assert os.read(reading, 1) == b"!"
+    work()
+    os.write(stop_writing, b"!")
+    os.waitpid(child, 0)
+    opens, failures, others = map(int, os.read(reading, 100).split())
+    for fd in (reading, writing, stop_reading, stop_writing):
+        os.close(fd)
+    return opens, failures, others
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("way", [*Exchange, "kernel without MOVE_MOUNT_BENEATH"])
+def test_reset_leaves_no_gap(
+    either_world: World, way: Exchange | str, read_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = either_world
+    base = world.base("t", {"a": "base"})
+    chosen = way if isinstance(way, Exchange) else None
+    if chosen is None:
+        genuine = syscalls.move_mount
+
+        def older(from_fd: int, to_fd: int, flags: int = 0) -> None:
+            if flags & syscalls.MOVE_MOUNT_BENEATH:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), "move_mount")
+            genuine(from_fd, to_fd, flags)
+
+        monkeypatch.setattr(syscalls, "move_mount", older)
+    manager = world.manager(way=chosen)
+    world.apply(
+        "x", world.source("s", {"a": "overlay"}), base, manager=manager, read_only=read_only
+    )
+
+    def resets() -> None:
+        for _ in range(RESETS):
+            manager.reset("x", 1)
+
+    opens, failures, others = watched(base / "a", resets)
+    assert opens > 10
+    assert (failures, others) == (0, 0)
+    world.check_invariants()
+    manager.remove("x")
+    assert (base / "a").read_text() == "base"
+    assert world.leftovers() == []
+
+
+def test_the_watcher_would_see_a_gap(world: World) -> None:
+    base = world.base("t", {"a": "base"})
+    manager = world.manager()
+    source = world.source("s", {"a": "overlay"})
+    world.apply("x", source, base, manager=manager)
+
+    def gaps() -> None:
+        for _ in range(20):
+            manager.remove("x", lazy=True)
+            time.sleep(0.005)
+            world.apply("x", source, base, manager=manager)
+
+    _, failures, others = watched(base / "a", gaps)
+    assert failures + others > 0
+
+
+def test_other_namespaces_follow_every_exchange(world: World) -> None:
+    base = world.base("t", {"a": "base"})
+    manager = world.manager()
+    world.apply("x", world.source("s", {"a": "overlay"}), base, manager=manager)
+    reading, writing = os.pipe()
+    go_reading, go_writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount_propagation("/", syscalls.MS_REC | syscalls.MS_SLAVE)
+        os.write(writing, b"!")
+        while os.read(go_reading, 1) == b"?":
+            table = open("/proc/self/mountinfo").read()  # noqa: SIM115
+            count = table.count(" overlayd:")
+            os.write(writing, f"{count} {(base / 'a').read_text()}\n".encode())
+        os._exit(0)
+
+    def ask() -> str:
+        os.write(go_writing, b"?")
+        return os.read(reading, 100).decode().strip()
+
+    assert os.read(reading, 1) == b"!"
+    try:
+        for way in Exchange:
+            for _ in range(20):
+                world.manager(way=way).reset("x", 1)
+            assert ask() == "1 overlay"
+            world.manager(way=way).reset("x", 0)
+            assert ask() == "1 base"
+            world.manager(way=way).reset("x", 1)
+        manager.remove("x")
+        assert ask() == "0 base"
+        with open(f"/proc/{child}/mountinfo") as file:
+            assert "overlayd/storage" not in file.read()
+    finally:
+        os.write(go_writing, b"!")
+        os.waitpid(child, 0)
