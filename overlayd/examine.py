@@ -10,19 +10,20 @@ import sys as python
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from overlayd import mountinfo, ops, overlayfs, plan, policy, targets, walker
+from overlayd import ops, overlayfs, plan, policy, targets, walker
 from overlayd import syscalls as sys
 from overlayd.config import FlaggedAction
 from overlayd.errors import OverlaydError, RefusedError, from_oserror
 from overlayd.model import SourceKind, check_name, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from overlayd.config import Config
-    from overlayd.model import Record, Request
+    from overlayd.model import Request
+    from overlayd.mountinfo import Table
     from overlayd.progress import Progress
-    from overlayd.targets import OpenPlace, OpenSource
+    from overlayd.targets import OpenPlace, OpenSource, Place
     from overlayd.walker import Limits, Measure
 
 _WARN_NAMES: Final = 10
@@ -43,11 +44,12 @@ class Examined:
         self.place.close()
 
 
-def examine(
+def examine(  # noqa: PLR0913  # what it is about, and what it is held against
     request: Request,
     config: Config,
-    present: Sequence[Record],
+    check_free: Callable[[Place], None],
     *,
+    table: Table,
     progress: Progress,
     warn: Callable[[str], None],
 ) -> Examined:
@@ -65,8 +67,7 @@ def examine(
     limits = walker.Limits(config.source_entries, config.source_size, config.source_depth)
     try:
         _check_critical(request, place, config)
-        plan.check_free(request.name, place.place, present, config.overlays)
-        table = mountinfo.read()
+        check_free(place.place)
         plan.check_mounts(place.place, table.within(place.place.mount_point))
         targets.check_apart(source, place.place, table)
         _check_depth(place)

@@ -11,24 +11,27 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from overlayd import cleanup, mountinfo, ops, ostree, plan, reconcile
+from overlayd import cleanup, ops, ostree, overlayfs, plan, reconcile
 from overlayd import syscalls as sys
-from overlayd.errors import NoPermissionError, NotFoundError
+from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError
 from overlayd.examine import examine
 from overlayd.executor import Executor, Run
-from overlayd.model import Overlay, Phase, State, Storage, check_name
+from overlayd.model import TAG_PREFIX, Overlay, Phase, State, Storage, check_name
+from overlayd.mountinfo import Mount, Watcher, own_mount
 from overlayd.progress import Progress
-from overlayd.store import Store, boot_id, not_found, storage_path, upper_name
+from overlayd.store import LAYER, Store, boot_id, not_found, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from overlayd.cleanup import Action
     from overlayd.config import Config
+    from overlayd.examine import Examined
     from overlayd.executor import Operation
     from overlayd.model import Record, Request
-    from overlayd.mountinfo import Mount, Table
+    from overlayd.mountinfo import Table
     from overlayd.overlayfs import Exchange
+    from overlayd.targets import Place
 
 BASE: Final = 0
 APPLIED: Final = 1
@@ -40,6 +43,7 @@ class Prepared:
     """An apply of which everything is done but what makes it visible."""
 
     executor: Executor
+    done: Callable[[Run], Overlay]
 
     def commit(self) -> Overlay:
         """Attach the overlay.
@@ -49,7 +53,7 @@ class Prepared:
         run = self.executor.run
         try:
             self.executor.advance()
-            return _shown_now(run)
+            return self.done(run)
         finally:
             run.close()
 
@@ -85,6 +89,7 @@ class Manager:
         self._way = way
         self._trace = trace
         self._store = Store(warn)
+        self._mounts = Watcher()
 
     @property
     def config(self) -> Config:
@@ -108,13 +113,12 @@ class Manager:
         check_name(request.name)
         config = self.config
         self._store.ensure()
-        present = self._settled()
-        seen = examine(request, config, present, progress=progress, warn=self._warn)
+        seen = self._examine(request, progress)
         where = seen.place.place
         try:
             with self._store.locked():
-                # Again, now that nobody else can take the name or the place.
-                plan.check_free(request.name, where, self._store.records(), config.overlays)
+                # Again and exactly, now that nobody else can take the name or the place.
+                plan.check_free(request.name, where, self._settle(), config.overlays)
                 record = plan.new_record(request, where, seen.measure, _identity(), config)
                 run = Run(
                     self._store, progress, record, self._way, source=seen.source, place=seen.place
@@ -130,19 +134,34 @@ class Manager:
         except BaseException:
             run.close()
             raise
-        return Prepared(executor)
+        return Prepared(executor, self._shown)
+
+    def _examine(self, request: Request, progress: Progress) -> Examined:
+        def check_free(place: Place) -> None:
+            try:
+                plan.check_free(request.name, place, self._store.remembered(), self.config.overlays)
+            except OverlaydError:
+                # Somebody else may have removed it since.
+                plan.check_free(request.name, place, self._observed(), self.config.overlays)
+
+        return examine(
+            request,
+            self.config,
+            check_free,
+            table=self._mounts.table(),
+            progress=progress,
+            warn=self._warn,
+        )
 
     def describe(self, request: Request, progress: Progress) -> list[str]:
         """Say what an apply would do, having checked everything that can be checked.
 
         :raises OverlaydError: what the apply would raise.
         """
-        config = self.config
-        present = self._store.records() if self._store.exists() else []
-        seen = examine(request, config, present, progress=progress, warn=self._warn)
+        seen = self._examine(request, progress)
         seen.close()
         where = seen.place.place
-        record = plan.new_record(request, where, seen.measure, _identity(), config)
+        record = plan.new_record(request, where, seen.measure, _identity(), self.config)
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]
 
@@ -152,7 +171,7 @@ class Manager:
         :raises NotFoundError: if there is none of this name.
         """
         record = plan.by_name(check_name(name), self._observed())
-        overlay = self._certain(record, mountinfo.read())
+        overlay = self._certain(record, self._mounts.table())
         if overlay is None:
             raise not_found(name)
         return _with_storage(overlay)
@@ -173,7 +192,7 @@ class Manager:
             fresh = self._store.get(record.uuid)
             if fresh is None or fresh.phase is Phase.DRAINING:
                 return None
-            return reconcile.observe(fresh, mountinfo.read())
+            return reconcile.observe(fresh, self._mounts.table())
         finally:
             lock.release()
 
@@ -188,7 +207,7 @@ class Manager:
 
         run = self._change(name, steps, progress)
         try:
-            return _shown_now(run)
+            return self._shown(run)
         finally:
             run.close()
 
@@ -206,6 +225,7 @@ class Manager:
         run = self._change(name, steps, progress)
         try:
             record = run.record
+            self._mounts.note([], [storage_path(record.uuid), record.mount_point])
             state = State.DRAINING if run.draining else State.REMOVED
             return Overlay(record, state, None, None)
         finally:
@@ -226,7 +246,7 @@ class Manager:
             fresh = self._store.get(record.uuid)
             record = plan.by_name(name, [fresh] if fresh is not None else [])
             run.record = record
-            table = mountinfo.read()
+            table = self._mounts.table()
             overlay = reconcile.observe(record, table)
             planned = steps(overlay, table.within(record.mount_point))
             Executor(run, planned, self._trace).advance()
@@ -234,6 +254,22 @@ class Manager:
             run.close()
             raise
         return run
+
+    def _shown(self, run: Run) -> Overlay:
+        """Return the overlay that a run has just attached, without reading the table again."""
+        record, tree = run.record, run.record.tree
+        # By path: what arrived by propagation is a copy of the mount that was built.
+        mount_id = overlayfs.top_mount_id(record.mount_point)
+        if tree is not None:
+            parts = [LAYER, upper_name(tree.upper)] if tree.upper else [LAYER]
+            places = [storage_path(record.uuid, part) for part in parts]
+            made = [own_mount(place, "tmpfs", overlayfs.STORAGE_SOURCE) for place in places]
+            tag = f"{TAG_PREFIX}{record.uuid}"
+            made.append(
+                own_mount(record.mount_point, "overlay", tag, st_dev=tree.st_dev, mount_id=mount_id)
+            )
+            self._mounts.note(made, [storage_path(record.uuid), record.mount_point])
+        return _with_storage(Overlay(record, State.ACTIVE, mount_id, None))
 
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more, or with *dry_run* only say what that is.
@@ -247,10 +283,17 @@ class Manager:
     def _settled(self) -> list[Record]:
         """Return the records, with everything finished that a crash cut short."""
         records = self._store.records()
-        if reconcile.unfinished(records, self._store.storages()):
+        if reconcile.unfinished(records):
             with self._store.locked():
-                for text in reconcile.settle(self._store, mountinfo.read()):
-                    self._warn(text)
+                records = self._settle()
+        return records
+
+    def _settle(self) -> list[Record]:
+        """Do the same; the caller holds the store's lock."""
+        records = self._store.records()
+        if reconcile.unfinished(records):
+            for text in reconcile.settle(self._store, self._mounts.table()):
+                self._warn(text)
             records = self._store.records()
         return records
 
@@ -264,7 +307,7 @@ class Manager:
         :raises OverlaydError: if the records cannot be read.
         """
         records = self._observed()
-        table = mountinfo.read()
+        table = self._mounts.table()
         found = [
             _with_storage(overlay)
             for record in records
@@ -298,12 +341,6 @@ def _identity() -> plan.Identity:
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         deployment=None if deployment is None else str(deployment),
     )
-
-
-def _shown_now(run: Run) -> Overlay:
-    """Return the overlay that a run has just attached, without reading the table again."""
-    mount_id = sys.statx(run.overlay_fd).mnt_id
-    return _with_storage(Overlay(run.record, State.ACTIVE, mount_id, None))
 
 
 def _with_storage(overlay: Overlay) -> Overlay:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from overlayd import model
+from overlayd import model, syscalls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _TAG_FILTER: Final = b" - overlay " + model.TAG_PREFIX.encode()
-_MANGLED: Final = {byte: b"\\%03o" % byte for byte in b" \t\n\\"}
+_TO_MANGLE: Final = re.compile(rb"[ \t\n\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def parse_line(line: bytes) -> Mount:
 
 def _mangle(path: str) -> bytes:
     """Write *path* the way the kernel writes it into mountinfo."""
-    return b"".join(_MANGLED.get(byte, bytes([byte])) for byte in os.fsencode(path))
+    return _TO_MANGLE.sub(lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
 
 
 @dataclass(frozen=True)
@@ -111,25 +112,110 @@ class Table:
             at = -1 if end < 0 else raw.find(_TAG_FILTER, end)
         return found
 
-    def within(self, path: str) -> list[Mount]:
-        """Return the mounts whose mount point is *path* or lies inside it, by path components."""
-        root = re.escape(_mangle(path.rstrip("/")))
-        line = re.compile(rb"^\d+ \d+ \d+:\d+ \S+ " + root + rb"(?:/\S*)? .*$", re.MULTILINE)
-        return [parse_line(match[0]) for match in line.finditer(self.raw)]
+    @cached_property
+    def _points(self) -> list[tuple[bytes, bytes]]:
+        """Mount point (as the kernel writes it) and line of each mount, sorted."""
+        return sorted((line.split(b" ", 5)[4], line) for line in self.raw.splitlines())
 
-    def at(self, path: str) -> list[Mount]:
-        """Return the mounts stacked at *path*, the lowest first."""
-        stack = [mount for mount in self.within(path) if mount.mount_point == path]
-        by_parent = {mount.parent_id: mount for mount in stack}
-        here = {mount.mount_id for mount in stack}
-        bottom = [mount for mount in stack if mount.parent_id not in here]
-        ordered: list[Mount] = []
-        for mount in bottom:
-            above: Mount | None = mount
-            while above is not None and above not in ordered:
-                ordered.append(above)
-                above = by_parent.get(above.mount_id)
-        return ordered
+    def within(self, path: str) -> list[Mount]:
+        """Return the mounts whose mount point is *path* or lies inside it, by path components.
+
+        Those at *path* itself come first.
+        """
+        point = _mangle(path.rstrip("/"))
+        points = self._points
+        # "0" follows "/" in ASCII, so the second range is all that begins with the path and "/".
+        ranges = ((point, point + b"\0"), (point + b"/", point + b"0"))
+        return [
+            parse_line(line)
+            for low, high in ranges
+            for _, line in points[bisect_left(points, (low,)) : bisect_left(points, (high,))]
+        ]
+
+    def changed(self, added: Sequence[Mount], removed: Sequence[str]) -> Table:
+        """Return the table without what is at or inside *removed*, and then with *added*."""
+        gone = {mount.mount_point for path in removed for mount in self.within(path)}
+        mangled = {_mangle(path) for path in gone}
+        table = Table(b"")
+        points = [item for item in self._points if item[0] not in mangled] if gone else self._points
+        fresh = sorted([*points, *((_mangle(mount.mount_point), _line(mount)) for mount in added)])
+        tagged = dict(self.tagged)
+        for uuid in [u for u, ms in tagged.items() if any(m.mount_point in gone for m in ms)]:
+            left = [mount for mount in tagged.pop(uuid) if mount.mount_point not in gone]
+            if left:
+                tagged[uuid] = left
+        for mount in added:
+            if mount.tag is not None:
+                tagged[mount.tag] = [*tagged.get(mount.tag, []), mount]
+        table.__dict__.update(_points=fresh, tagged=tagged)
+        return table
+
+
+def _line(mount: Mount) -> bytes:
+    """Write the line of a mount that overlayd made itself; its parent is of no interest."""
+    device = f"{os.major(mount.st_dev)}:{os.minor(mount.st_dev)}"
+    head = f"{mount.mount_id} {mount.parent_id} {device} / ".encode()
+    return head + _mangle(mount.mount_point) + f" rw - {mount.fstype} {mount.source} rw".encode()
+
+
+class Watcher:
+    """The mount table for a process that stays: read again only when somebody changed it.
+
+    ``listmount`` returns ids that are never reused (Linux 6.8), at a twentieth of the cost of the
+    table (500 overlays: 0.1 of 2.6 ms).  A mount that is *moved* keeps its id and is not noticed;
+    the kernel refuses that under a shared mount, which is what systemd makes of all.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._ids: frozenset[int] = frozenset()
+        self._table: Table | None = None
+
+    def table(self) -> Table:
+        """Return the mount table as it is now."""
+        try:
+            ids = syscalls.listmount()
+        except OSError:
+            return read()
+        if self._table is None or ids != self._ids:
+            # The ids are older than the table: what comes between is noticed the next time.
+            self._ids = ids
+            self._table = read()
+        return self._table
+
+    def note(self, made: Sequence[Mount], removed: Sequence[str]) -> None:
+        """Account for the caller's own change, so that it alone is no reason to read again.
+
+        Everything at or inside *removed* went; then *made* came, or stayed.  If anything else
+        changed as well, the next :meth:`table` reads.
+        """
+        if self._table is None:
+            return
+        try:
+            ids = syscalls.listmount()
+            now = {_unique_id(mount.mount_point) for mount in made}
+        except OSError:
+            self._table = None
+            return
+        gone = sum(len(self._table.within(path)) for path in removed) - len(now & self._ids)
+        if ids - self._ids == now - self._ids and len(self._ids - ids) == gone:
+            self._table = self._table.changed(made, removed)
+            self._ids = ids
+        else:
+            self._table = None
+
+
+def _unique_id(place: str) -> int:
+    fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return syscalls.statx(fd, unique=True).mnt_id
+    finally:
+        os.close(fd)
+
+
+def own_mount(place: str, fstype: str, source: str, *, st_dev: int = 0, mount_id: int = 0) -> Mount:
+    """Describe a mount that the caller has just made, as far as anybody will ask."""
+    return Mount(mount_id, 0, st_dev, "/", place, frozenset(), (), fstype, source)
 
 
 def read(process: str = "self") -> Table:

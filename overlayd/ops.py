@@ -36,14 +36,14 @@ class Reserve(Step):
         return f"reserve the name {self.record.name} and the place {shown(self.record.mount_point)}"
 
     def apply(self, run: Run) -> None:
-        """Make the locked storage directory, then the record."""
-        run.lock = run.store.create(self.record.uuid)
+        """Write the record, then make the locked storage directory."""
         run.write(self.record)
+        run.lock = run.store.create(self.record.uuid)
 
     def undo(self, run: Run) -> None:
         """Remove both; the storage in it was removed before."""
-        run.store.drop(self.record.uuid)
         run.store.drop_storage(self.record.uuid)
+        run.store.drop(self.record.uuid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,33 +58,45 @@ class Identity:
     deployment: str | None
 
 
-def check_free(name: str, place: Place, present: Iterable[Record], limit: int) -> None:
+def check_free(name: str, place: Place, present: Sequence[Record], limit: int) -> None:
     """Refuse a name or a place that is taken, by components of the path.
 
     :raises ExistsError: naming the overlay that is in the way.
     :raises SpaceError: if there are as many overlays as there may be.
     """
-    count = 0
     point = place.mount_point
+    inside = f"{point}/"
+    above = {point}
+    while len(point) > 1:
+        point = point.rpartition("/")[0] or "/"
+        above.add(point)
     for record in present:
+        other = record.mount_point
+        if not (record.name == name or other in above or other.startswith(inside)):
+            continue
         if record.phase is Phase.DRAINING:
             continue
-        count += 1
         if record.name == name:
             doing = " (another command is applying it)" if record.phase is Phase.PREPARING else ""
             message = f"there is an overlay {name!r} already{doing}"
-            raise ExistsError(message, hint=f"it lies on {shown(record.mount_point)}")
-        other = record.mount_point
-        if is_within(point, other) or is_within(other, point):
-            relation = "on" if point == other else "inside" if is_within(point, other) else "around"
-            message = (
-                f"TARGET {shown(place.target)} needs a mount on {shown(point)},"
-                f" {relation} that of overlay {record.name!r}, {shown(other)}"
-            )
-            raise ExistsError(message, hint="overlays do not nest; remove the other one first")
+            raise ExistsError(message, hint=f"it lies on {shown(other)}")
+        raise _nesting(place, record)
+    if len(present) < limit:
+        return
+    count = sum(record.phase is not Phase.DRAINING for record in present)
     if count >= limit:
         message = f"there are {count} overlays, as many as there may be"
         raise SpaceError(message, hint="limits.overlays in the configuration")
+
+
+def _nesting(place: Place, record: Record) -> ExistsError:
+    point, other = place.mount_point, record.mount_point
+    relation = "on" if point == other else "inside" if is_within(point, other) else "around"
+    message = (
+        f"TARGET {shown(place.target)} needs a mount on {shown(point)},"
+        f" {relation} that of overlay {record.name!r}, {shown(other)}"
+    )
+    return ExistsError(message, hint="overlays do not nest; remove the other one first")
 
 
 def check_mounts(place: Place, within: Sequence[Mount]) -> None:
@@ -98,7 +110,7 @@ def check_mounts(place: Place, within: Sequence[Mount]) -> None:
     for mount in within:
         if mount.tag is not None:
             message = f"another overlay lies on {shown(mount.mount_point)}"
-            raise ExistsError(message, hint="overlays do not nest; remove the other one first")
+            raise ExistsError(message, hint="overlays do not nest; remove that one first")
     names = ", ".join(
         f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
         for mount in within[:_MAX_NAMES]
@@ -229,9 +241,8 @@ def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tup
         if not lazy:
             steps.append(removal.CheckUnused())
         steps.append(removal.Detach(overlay.record.mount_point, lazy))
-    # The record first: a storage directory without one is swept up by the next command, while a
-    # record without storage would look like damage.
-    return (*steps, removal.Retire(lazy), ops.DropStorage())
+    # The storage first: as long as there is a record, the next command knows of it.
+    return (*steps, ops.DropStorage(), removal.Retire(lazy))
 
 
 def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:

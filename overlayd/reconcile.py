@@ -25,15 +25,14 @@ if TYPE_CHECKING:
     from overlayd.store import Store
 
 
-def unfinished(records: Sequence[Record], storages: Sequence[str]) -> bool:
-    """Whether anything looks as if an operation ran or had been cut short."""
-    known = set()
-    for record in records:
-        if record.pending is not None or record.phase in {Phase.PREPARING, Phase.REMOVING}:
-            return True
-        if record.phase is not Phase.DRAINING:
-            known.add(record.uuid)
-    return any(uuid not in known for uuid in storages)
+def unfinished(records: Sequence[Record]) -> bool:
+    """Whether any record looks as if an operation ran or had been cut short."""
+    active = Phase.ACTIVE
+    return any(
+        (record.phase is not active and record.phase is not Phase.DRAINING)
+        or record.pending is not None
+        for record in records
+    )
 
 
 def settle(store: Store, table: Table) -> list[str]:
@@ -50,7 +49,7 @@ def settle(store: Store, table: Table) -> list[str]:
         if record is None:
             if UUID.fullmatch(uuid) is None:
                 continue
-        elif record.phase is Phase.ACTIVE and record.pending is None:
+        elif record.phase in {Phase.ACTIVE, Phase.DRAINING} and record.pending is None:
             continue
         try:
             lock = store.try_lock(uuid)
@@ -80,8 +79,8 @@ def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
     if uuid in table.tagged:
         return []  # the record was lost, the overlay was not: cleanup's business
     store.unstage(uuid)
-    store.drop(uuid)
     store.drop_storage(uuid)
+    store.drop(uuid)
     return [f"unmounted storage left by {uuid}"]
 
 
@@ -96,9 +95,6 @@ def attached(record: Record, table: Table) -> list[Mount]:
 
 def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     store.unstage(record.uuid)
-    if record.phase is Phase.DRAINING:
-        store.drop_storage(record.uuid)
-        return []
     tree = record.tree
     devices = {mount.st_dev for mount in attached(record, table)}
     old_stands = tree is not None and tree.st_dev in devices
@@ -139,8 +135,8 @@ def _finish(
 
 
 def _forget(store: Store, record: Record) -> None:
-    store.drop(record.uuid)
     store.drop_storage(record.uuid)
+    store.drop(record.uuid)
 
 
 def observe(record: Record, table: Table) -> Overlay:

@@ -38,7 +38,7 @@ from overlayd.errors import (
     RefusedError,
     from_oserror,
 )
-from overlayd.model import RUN, UUID, Record, shown
+from overlayd.model import RUN, UUID, Phase, Record, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,7 +100,9 @@ class Store:
         """Report what is odd but no reason to fail to *warn*."""
         self._warn = warn
         self._boot_id = boot_id()
-        self._known: dict[str, tuple[int, Record | None]] = {}
+        self._inodes: dict[str, int] = {}
+        self._known: dict[str, Record | None] = {}
+        self._believed: list[Record] = []
 
     def exists(self) -> bool:
         """Whether there is a world, and it is this mount namespace's.
@@ -240,7 +242,11 @@ class Store:
             os.close(fd)
 
     def create(self, uuid: str) -> Lock:
-        """Make the storage directory of a new overlay and lock it; call under :meth:`locked`."""
+        """Make the storage directory of a new overlay and lock it.
+
+        Call under :meth:`locked`, after the record is written: storage without a record is
+        looked for by ``cleanup`` alone.
+        """
         os.mkdir(storage_path(uuid), 0o700)
         lock = self.try_lock(uuid)
         if lock is None:
@@ -277,12 +283,15 @@ class Store:
             try:
                 lock = self.try_lock(record.uuid)
             except FileNotFoundError:
-                # A remover drops the record first, so a record without a directory lost it.
-                if self.get(record.uuid) is None:
+                fresh = self.get(record.uuid)
+                if fresh is None:
                     raise not_found(record.name) from None
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(storage_path(record.uuid), 0o700)
-                continue
+                if fresh.phase is Phase.ACTIVE:
+                    # Somebody deleted it; what is left must be removable all the same.
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(storage_path(record.uuid), 0o700)
+                    continue
+                lock = None  # a remover is about to drop the record too
             if lock is not None:
                 return lock
             if time.monotonic() > deadline:
@@ -299,22 +308,33 @@ class Store:
 
         :raises OverlaydError: if the directory cannot be read.
         """
-        known: dict[str, tuple[int, Record | None]] = {}
         try:
             with os.scandir(RECORDS) as entries:
-                for entry in entries:
-                    if entry.name.startswith(".new-"):
-                        continue
-                    inode = entry.inode()
-                    before = self._known.get(entry.name)
-                    if before is not None and before[0] == inode:
-                        known[entry.name] = before
-                    else:
-                        known[entry.name] = (inode, self._read(entry.name))
+                inodes = {entry.name: entry.inode() for entry in entries}
         except OSError as error:
             raise from_oserror(error, f"reading {RECORDS}") from None
-        self._known = known
-        return [record for _, record in known.values() if record is not None]
+        if inodes != self._inodes:
+            known = self._known
+            self._known = {
+                name: known[name] if self._inodes.get(name) == inode else self._read(name)
+                for name, inode in inodes.items()
+                if not name.startswith(".new-")
+            }
+            self._inodes = inodes
+            self._believed = [record for record in self._known.values() if record is not None]
+        return self._believed
+
+    def _remember(self, name: str, record: Record | None) -> None:
+        """Keep in memory what was just written or, with None, deleted."""
+        if record is None:
+            self._known.pop(name, None)
+        else:
+            self._known[name] = record
+        self._believed = [known for known in self._known.values() if known is not None]
+
+    def remembered(self) -> list[Record]:
+        """Return the records as last read or written here; good for an early answer only."""
+        return self._believed if self._inodes else self.records()
 
     def get(self, uuid: str) -> Record | None:
         """Return one record as it is now, if it is there."""
@@ -377,18 +397,23 @@ class Store:
                 fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
             try:
+                inode = os.fstat(fd).st_ino
                 os.write(fd, records.encode(record))
             finally:
                 os.close(fd)
             os.rename(fresh, f"{RECORDS}/{record.uuid}.json")
         except OSError as error:
             raise from_oserror(error, f"writing the record of {record.name}") from None
+        self._inodes[f"{record.uuid}.json"] = inode
+        self._remember(f"{record.uuid}.json", record)
 
     def drop(self, uuid: str) -> None:
         """Delete a record, if it is there."""
         for name in (f"{uuid}.json", f".new-{uuid}"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{RECORDS}/{name}")
+        self._inodes.pop(f"{uuid}.json", None)
+        self._remember(f"{uuid}.json", None)
 
     def attach_storage(self, uuid: str, which: str, size: int, inodes: int) -> None:
         """Mount a fresh tmpfs of at most *size* bytes as part *which* of the storage."""

@@ -50,9 +50,11 @@ def watched(path: Path, work: Callable[[], None]) -> tuple[int, int, int]:
         os.write(writing, f"{opens} {failures} {others}".encode())
         os._exit(0)
     assert os.read(reading, 1) == b"!"
-    work()
-    os.write(stop_writing, b"!")
-    os.waitpid(child, 0)
+    try:
+        work()
+    finally:
+        os.write(stop_writing, b"!")
+        os.waitpid(child, 0)
     opens, failures, others = map(int, os.read(reading, 100).split())
     for fd in (reading, writing, stop_reading, stop_writing):
         os.close(fd)
