@@ -7,16 +7,15 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from overlayd import mountinfo, reconcile, removal
+from overlayd import mountinfo, reconcile, removal, state
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError, OverlaydError, from_oserror
 from overlayd.model import Phase, State, shown
 from overlayd.store import QUARANTINE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from overlayd.model import Record
     from overlayd.mountinfo import Mount
     from overlayd.store import Store
 
@@ -57,11 +56,11 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
     records = store.records()
     table = mountinfo.read()
     for record in records:
-        overlay = reconcile.observe(record, table)
+        overlay = state.observe(record, table)
         if record.phase is Phase.ACTIVE and overlay.state is State.LOST:
             text = f"{record.name}: its mount is gone from {shown(record.mount_point)}"
             act(Action("lost", record.name, text), lambda name=record.name: remove(name))  # type: ignore[misc]
-    for record in drained(records):
+    for record in removal.drained(records):
         text = f"{record.name}: nobody uses what was removed"
         act(Action("drained", record.name, text), lambda uuid=record.uuid: store.drop(uuid))  # type: ignore[misc]
     for mount in reconcile.leftovers(table, records):
@@ -78,15 +77,6 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
             lambda name=name: os.unlink(f"{QUARANTINE}/{name}"),  # type: ignore[misc]
         )
     return actions
-
-
-def drained(records: Sequence[Record]) -> list[Record]:
-    """Return the removed overlays that nothing uses any more."""
-    return [
-        record
-        for record in records
-        if record.phase is Phase.DRAINING and not removal.in_use(record)
-    ]
 
 
 def _detach_orphan(store: Store, mount: Mount) -> None:

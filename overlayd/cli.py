@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from overlayd import __version__, ostree, render
+from overlayd import __version__, render
 from overlayd.errors import (
     InterruptedByUserError,
     NoPermissionError,
@@ -21,8 +21,8 @@ from overlayd.errors import (
     OverlaydError,
     RefusedError,
 )
-from overlayd.manager import APPLIED, BASE, Manager
-from overlayd.model import Options, Request, parse_size, shown
+from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
+from overlayd.observer import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from overlayd.config import Config
     from overlayd.executor import Operation
+    from overlayd.manager import Manager
     from overlayd.model import Overlay
     from overlayd.render import TerminalProgress
 
@@ -53,8 +54,14 @@ class Common:
 
         return config.load(None if self.config is None else Path(self.config))
 
+    def observer(self) -> Observer:
+        """Return what looks at overlays."""
+        return Observer(warn=self.warn)
+
     def manager(self) -> Manager:
-        """Return the manager that this invocation uses."""
+        """Return what changes overlays; it takes a while to load."""
+        from overlayd.manager import Manager  # noqa: PLC0415
+
         return Manager(self.load, warn=self.warn, trace=_trace if self.verbose else None)
 
     def warn(self, text: str) -> None:
@@ -92,10 +99,14 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def _interruptible(common: Common) -> Iterator[TerminalProgress]:
     """Yield a progress that signals stop at the next step; a second signal stops at once."""
-    progress = render.TerminalProgress(enabled=not common.json and sys.stderr.isatty())
+    progress = render.TerminalProgress(enabled=not common.json and _terminal())
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         progress.stop()
@@ -113,7 +124,7 @@ def _interruptible(common: Common) -> Iterator[TerminalProgress]:
 def _names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Complete the names of overlays."""
     try:
-        overlays = Manager(Common(False, False, None).load, warn=lambda _: None).list()  # noqa: FBT003
+        overlays = Observer(warn=lambda _: None).list()
     except OverlaydError:
         return []
     return [o.record.name for o in overlays if o.record.name.startswith(incomplete)]
@@ -133,6 +144,8 @@ class _Size(click.ParamType[int]):
 
 def _check_stateroot(name: str | None) -> None:
     if name is not None:
+        from overlayd import ostree  # noqa: PLC0415
+
         ostree.check_stateroot(name, ostree.booted())
 
 
@@ -266,7 +279,7 @@ def list_(common: Common, *, user: str | None, stateroot: str | None, draining: 
       overlayd list --user root --json
     """  # noqa: D301
     _check_stateroot(stateroot)
-    overlays = common.manager().list(draining=draining)
+    overlays = common.observer().list(draining=draining)
     if user is not None:
         uid = _uid(user)
         overlays = [overlay for overlay in overlays if overlay.record.owner == uid]
@@ -291,7 +304,7 @@ def _uid(user: str) -> int:
 @_common
 def status(common: Common, *, name: str) -> None:
     """Show everything about the overlay NAME."""
-    overlay = common.manager().status(name)
+    overlay = common.observer().status(name)
     common.show(overlay, render.overlay_details(overlay))
 
 
@@ -365,6 +378,7 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     from pathlib import Path  # noqa: PLC0415
 
     from overlayd import batch as batches  # noqa: PLC0415
+    from overlayd.manager import Manager  # noqa: PLC0415
 
     requests = batches.read(Path(file))
     config = common.load()
@@ -408,7 +422,7 @@ def dump(common: Common) -> None:
     """
     from overlayd import batch as batches  # noqa: PLC0415
 
-    overlays = common.manager().list()
+    overlays = common.observer().list()
     text = batches.dump(overlays)
     click.echo(render.as_json({"toml": text}) if common.json else text, nl=common.json)
 
@@ -465,6 +479,12 @@ def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None
 def main() -> None:
     """Run a command and exit with its documented code."""
     as_json = "--json" in sys.argv
+    for fd in range(3):
+        # A closed standard stream would give its number to the next file that is opened.
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     try:
         app.main(standalone_mode=False, prog_name="overlayd")
         if sys.stdout is not None:

@@ -161,22 +161,23 @@ def parse(text: str, name: str) -> dict[str, object]:
 def _read(path: Path, *, guard: bool) -> str:
     """Return the text of *path*; with *guard* only if nobody but root could have written it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    name = shown(str(path))
     with open(fd, "rb") as file:  # a descriptor, not a path
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
-            message = f"{path}: not a regular file"
+            message = f"{name}: not a regular file"
             raise RefusedError(message)
         if guard and (facts.st_uid != 0 or facts.st_mode & 0o022):
-            message = f"{path}: must belong to root and be writable by root alone"
-            raise RefusedError(message, hint=f"chown root {path}; chmod go-w {path}")
+            message = f"{name}: must belong to root and be writable by root alone"
+            raise RefusedError(message, hint=f"chown root {name}; chmod go-w {name}")
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        message = f"{path}: larger than 1 MiB"
+        message = f"{name}: larger than 1 MiB"
         raise RefusedError(message)
     try:
         return data.decode()
     except UnicodeDecodeError:
-        message = f"{path}: not UTF-8"
+        message = f"{name}: not UTF-8"
         raise RefusedError(message) from None
 
 
@@ -199,7 +200,7 @@ def load(file: Path | None = None) -> Config:
             text = _read(path, guard=file is None)
         except OSError as error:
             raise from_oserror(error, f"reading {shown(str(path))}") from None
-        settings.update(parse(text, str(path)))
+        settings.update(parse(text, shown(str(path))))
         used.append(str(path))
     try:
         return Config(**settings, files=tuple(used))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd import features, mountinfo, reconcile
+from overlayd import features, mountinfo, reconcile, state
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import Phase, State, human_size, shown
@@ -165,13 +165,13 @@ def _world(report: Report) -> None:
     for record in records:
         if record.phase is not Phase.ACTIVE:
             continue
-        state = reconcile.observe(record, table).state
-        if state is State.LOST:
+        seen = state.observe(record, table).state
+        if seen is State.LOST:
             report.note(
                 f"{record.name}: its mount is gone from {shown(record.mount_point)}",
                 f"overlayd remove {record.name}",
             )
-        elif state is State.COVERED:
+        elif seen is State.COVERED:
             report.note(
                 f"{record.name}: something is mounted over {shown(record.mount_point)}",
                 f"findmnt {shown(record.mount_point)}",

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from overlayd import cleanup, ops, ostree, overlayfs, plan, reconcile
-from overlayd import syscalls as sys
-from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError
+from overlayd import cleanup, mountinfo, ops, ostree, overlayfs, plan, state
+from overlayd.errors import OverlaydError
 from overlayd.examine import examine
 from overlayd.executor import Executor, Run
-from overlayd.model import TAG_PREFIX, Overlay, Phase, State, Storage, check_name
-from overlayd.mountinfo import Mount, Watcher, own_mount
+from overlayd.model import TAG_PREFIX, Overlay, State, check_name
+from overlayd.mountinfo import Mount, own_mount
+from overlayd.observer import Observer
 from overlayd.progress import Progress
-from overlayd.store import LAYER, Store, boot_id, not_found, storage_path, upper_name
+from overlayd.store import LAYER, boot_id, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +28,10 @@ if TYPE_CHECKING:
     from overlayd.config import Config
     from overlayd.examine import Examined
     from overlayd.executor import Operation
-    from overlayd.model import Record, Request
-    from overlayd.mountinfo import Table
+    from overlayd.model import Request
     from overlayd.overlayfs import Exchange
     from overlayd.targets import Place
 
-BASE: Final = 0
-APPLIED: Final = 1
 _NO_SESSION: Final = 0xFFFFFFFF
 
 
@@ -63,7 +60,7 @@ class Prepared:
         self.executor.run.close()
 
 
-class Manager:
+class Manager(Observer):
     """Everything that can be done with overlays, for the calling process."""
 
     def __init__(
@@ -80,16 +77,11 @@ class Manager:
 
         :raises NoPermissionError: for callers other than root.
         """
-        if os.geteuid() != 0:
-            message = "overlayd needs root"
-            raise NoPermissionError(message, hint="run it with sudo")
+        super().__init__(warn=warn)
         self._load = config
         self._config: Config | None = None
-        self._warn = warn
         self._way = way
         self._trace = trace
-        self._store = Store(warn)
-        self._mounts = Watcher()
 
     @property
     def config(self) -> Config:
@@ -165,37 +157,6 @@ class Manager:
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]
 
-    def status(self, name: str) -> Overlay:
-        """Return one overlay.
-
-        :raises NotFoundError: if there is none of this name.
-        """
-        record = plan.by_name(check_name(name), self._observed())
-        overlay = self._certain(record, self._mounts.table())
-        if overlay is None:
-            raise not_found(name)
-        return _with_storage(overlay)
-
-    def _certain(self, record: Record, table: Table) -> Overlay | None:
-        """Hold a record against a table read a moment later; None if it is gone.
-
-        What does not fit together may be a change under way: then once more, under the lock.
-        """
-        overlay = reconcile.observe(record, table)
-        if overlay.state is State.ACTIVE and record.phase is Phase.ACTIVE:
-            return overlay
-        try:
-            lock = self._store.lock(record)
-        except NotFoundError:
-            return None
-        try:
-            fresh = self._store.get(record.uuid)
-            if fresh is None or fresh.phase is Phase.DRAINING:
-                return None
-            return reconcile.observe(fresh, self._mounts.table())
-        finally:
-            lock.release()
-
     def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
         """Take an overlay back to *version*, without what was edited since.
 
@@ -238,16 +199,16 @@ class Manager:
         progress: Progress | None,
     ) -> Run:
         """Run planned *steps* on a live overlay under its lock; the caller closes the run."""
-        record = plan.by_name(check_name(name), self._observed())
+        record = state.by_name(check_name(name), self._observed())
         lock = self._store.lock(record)
         run = Run(self._store, progress or Progress(), record, self._way, lock=lock)
         try:
             # Whoever held the lock before may have changed or removed it.
             fresh = self._store.get(record.uuid)
-            record = plan.by_name(name, [fresh] if fresh is not None else [])
+            record = state.by_name(name, [fresh] if fresh is not None else [])
             run.record = record
             table = self._mounts.table()
-            overlay = reconcile.observe(record, table)
+            overlay = state.observe(record, table)
             planned = steps(overlay, table.within(record.mount_point))
             Executor(run, planned, self._trace).advance()
         except BaseException:
@@ -259,7 +220,7 @@ class Manager:
         """Return the overlay that a run has just attached, without reading the table again."""
         record, tree = run.record, run.record.tree
         # By path: what arrived by propagation is a copy of the mount that was built.
-        mount_id = overlayfs.top_mount_id(record.mount_point)
+        mount_id = mountinfo.top_mount_id(record.mount_point)
         if tree is not None:
             parts = [LAYER, upper_name(tree.upper)] if tree.upper else [LAYER]
             places = [storage_path(record.uuid, part) for part in parts]
@@ -269,7 +230,7 @@ class Manager:
                 own_mount(record.mount_point, "overlay", tag, st_dev=tree.st_dev, mount_id=mount_id)
             )
             self._mounts.note(made, [storage_path(record.uuid), record.mount_point])
-        return _with_storage(Overlay(record, State.ACTIVE, mount_id, None))
+        return state.with_storage(Overlay(record, State.ACTIVE, mount_id, None))
 
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more, or with *dry_run* only say what that is.
@@ -279,51 +240,6 @@ class Manager:
         if not self._store.exists():
             return []
         return cleanup.clean(self._store, self.remove, dry_run=dry_run)
-
-    def _settled(self) -> list[Record]:
-        """Return the records, with everything finished that a crash cut short."""
-        records = self._store.records()
-        if reconcile.unfinished(records):
-            with self._store.locked():
-                records = self._settle()
-        return records
-
-    def _settle(self) -> list[Record]:
-        """Do the same; the caller holds the store's lock."""
-        records = self._store.records()
-        if reconcile.unfinished(records):
-            for text in reconcile.settle(self._store, self._mounts.table()):
-                self._warn(text)
-            records = self._store.records()
-        return records
-
-    def _observed(self) -> list[Record]:
-        return self._settled() if self._store.exists() else []
-
-    # Last, as the name hides the type within the class from here on.
-    def list(self, *, draining: bool = False) -> list[Overlay]:
-        """Return every overlay, by name; with *draining* also what is removed but still used.
-
-        :raises OverlaydError: if the records cannot be read.
-        """
-        records = self._observed()
-        table = self._mounts.table()
-        found = [
-            _with_storage(overlay)
-            for record in records
-            if record.phase in {Phase.ACTIVE, Phase.REMOVING}
-            and (overlay := self._certain(record, table)) is not None
-        ]
-        if draining:
-            gone = cleanup.drained(records)
-            found += [
-                reconcile.observe(record, table)
-                for record in records
-                if record.phase is Phase.DRAINING and record not in gone
-            ]
-            for record in gone:
-                self._store.drop(record.uuid)
-        return sorted(found, key=lambda overlay: overlay.record.name)
 
 
 def _identity() -> plan.Identity:
@@ -341,22 +257,3 @@ def _identity() -> plan.Identity:
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         deployment=None if deployment is None else str(deployment),
     )
-
-
-def _with_storage(overlay: Overlay) -> Overlay:
-    """Add the figures of the writable storage, zeros where there is none."""
-    tree = overlay.record.tree
-    storage: Storage | None = Storage(0, 0, 0, 0)
-    if tree is not None and tree.upper:
-        try:
-            facts = sys.statfs(storage_path(overlay.record.uuid, upper_name(tree.upper)))
-        except OSError:
-            storage = None
-        else:
-            storage = Storage(
-                size_bytes=facts.size,
-                used_bytes=facts.size - facts.free,
-                inodes=facts.files,
-                used_inodes=facts.files - facts.ffree,
-            )
-    return replace(overlay, storage=storage)

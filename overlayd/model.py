@@ -18,6 +18,10 @@ RUN: Final = "/run/overlayd"
 TAG_PREFIX: Final = "overlayd:"
 """``source`` of every overlay mount that overlayd makes is this and the overlay's uuid."""
 
+BASE: Final = 0
+APPLIED: Final = 1
+"""Versions that have a name."""
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _SIZE: Final = re.compile(r"([0-9]{1,15})([KMG])", re.ASCII)
 _UNIT: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

@@ -236,3 +236,12 @@ def read(process: str = "self") -> Table:
 def namespace(process: str = "self") -> str:
     """Return the mount namespace of *process*, as ``mnt:[number]``."""
     return os.readlink(f"/proc/{process}/ns/mnt")
+
+
+def top_mount_id(path: str) -> int:
+    """Return the mount id of what a user sees at *path*."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return syscalls.statx(fd).mnt_id
+    finally:
+        os.close(fd)

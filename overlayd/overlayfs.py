@@ -112,20 +112,6 @@ def open_beneath(dir_fd: int, path: str, flags: int = os.O_PATH) -> int:
     )
 
 
-def top_device(path: str) -> int:
-    """Return ``st_dev`` of the root of whatever is topmost at the directory *path*."""
-    return os.stat(path, follow_symlinks=False).st_dev
-
-
-def top_mount_id(path: str) -> int:
-    """Return the mount id of what a user sees at *path*."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return sys.statx(fd).mnt_id
-    finally:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def staged(mount_fd: int, stage: str) -> Iterator[int]:
     """Attach *mount_fd* at the empty directory *stage* for a moment; yields an fd of its root.

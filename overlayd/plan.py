@@ -30,10 +30,10 @@ from overlayd.model import (
     is_within,
     shown,
 )
-from overlayd.store import LAYER, not_found, upper_name
+from overlayd.store import LAYER, upper_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from overlayd.config import Config
     from overlayd.executor import Operation
@@ -261,14 +261,3 @@ def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:
         message = f"something is mounted over or inside {record.name}: {names or 'its parent'}"
         raise BusyError(message, hint="unmount that first; 'findmnt' shows it")
     return record.tree
-
-
-def by_name(name: str, present: Iterable[Record]) -> Record:
-    """Return the record that has the name now.
-
-    :raises NotFoundError: if there is none.
-    """
-    for record in present:
-        if record.name == name and record.phase is not Phase.DRAINING:
-            return record
-    raise not_found(name)

@@ -11,10 +11,10 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from overlayd import overlayfs
+from overlayd import mountinfo, state
 from overlayd import syscalls as sys
 from overlayd.errors import from_oserror
-from overlayd.model import UUID, Overlay, Phase, Record, State
+from overlayd.model import UUID, Phase, Record
 from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from overlayd.model import Tree
     from overlayd.mountinfo import Mount, Table
     from overlayd.store import Store
-
-
-def unfinished(records: Sequence[Record]) -> bool:
-    """Whether any record looks as if an operation ran or had been cut short."""
-    active = Phase.ACTIVE
-    return any(
-        (record.phase is not active and record.phase is not Phase.DRAINING)
-        or record.pending is not None
-        for record in records
-    )
 
 
 def settle(store: Store, table: Table) -> list[str]:
@@ -84,19 +74,10 @@ def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
     return [f"unmounted storage left by {uuid}"]
 
 
-def attached(record: Record, table: Table) -> list[Mount]:
-    """Return the mounts that carry the overlay's tag at its place."""
-    return [
-        mount
-        for mount in table.tagged.get(record.uuid, [])
-        if mount.mount_point == record.mount_point
-    ]
-
-
 def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     store.unstage(record.uuid)
     tree = record.tree
-    devices = {mount.st_dev for mount in attached(record, table)}
+    devices = {mount.st_dev for mount in state.attached(record, table)}
     old_stands = tree is not None and tree.st_dev in devices
     if record.phase is Phase.REMOVING:
         if old_stands:
@@ -139,25 +120,6 @@ def _forget(store: Store, record: Record) -> None:
     store.drop(record.uuid)
 
 
-def observe(record: Record, table: Table) -> Overlay:
-    """Hold a record against the mount table."""
-    if record.phase is Phase.DRAINING:
-        return Overlay(record, State.DRAINING, None, None)
-    mine = [
-        mount
-        for mount in attached(record, table)
-        if record.tree is not None and mount.st_dev == record.tree.st_dev
-    ]
-    if not mine:
-        return Overlay(record, State.LOST, None, None)
-    try:
-        visible = overlayfs.top_mount_id(record.mount_point) == mine[-1].mount_id
-    except OSError:
-        visible = False
-    state = State.ACTIVE if visible else State.COVERED
-    return Overlay(record, state, mine[-1].mount_id, None)
-
-
 def leftovers(table: Table, records: Sequence[Record]) -> list[Mount]:
     """Return the mounts that carry overlayd's tag while no record accounts for them."""
     known = {record.uuid: record for record in records}
@@ -178,7 +140,7 @@ def proven(mount: Mount) -> bool:
     """
     top = storage_path(mount.tag or "")
     try:
-        if overlayfs.top_mount_id(mount.mount_point) != mount.mount_id:
+        if mountinfo.top_mount_id(mount.mount_point) != mount.mount_id:
             return False
         shown_by = sys.statfs(mount.mount_point)
         parts = os.listdir(top)

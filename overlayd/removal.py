@@ -15,6 +15,8 @@ from overlayd.executor import Step
 from overlayd.model import Phase, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from overlayd.executor import Run
     from overlayd.model import Record
 
@@ -132,3 +134,8 @@ def in_use(record: Record) -> bool:
     if record.tree is None:
         return False
     return bool(holders.find({record.tree.fsid})) or holders.foreign_copies(record.uuid)
+
+
+def drained(records: Sequence[Record]) -> list[Record]:
+    """Return the removed overlays that nothing uses any more."""
+    return [record for record in records if record.phase is Phase.DRAINING and not in_use(record)]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looking at the overlays there are.  Loads little, since ``list`` is to be quick."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from overlayd import state
+from overlayd.errors import NoPermissionError, NotFoundError
+from overlayd.model import Phase, State, check_name
+from overlayd.mountinfo import Watcher
+from overlayd.store import Store, not_found
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from overlayd.model import Overlay, Record
+    from overlayd.mountinfo import Table
+
+
+class Observer:
+    """What can be seen of overlays; every look first finishes what a crash cut short."""
+
+    def __init__(self, *, warn: Callable[[str], None]) -> None:
+        """Report oddities to *warn*.
+
+        :raises NoPermissionError: for callers other than root.
+        """
+        if os.geteuid() != 0:
+            message = "overlayd needs root"
+            raise NoPermissionError(message, hint="run it with sudo")
+        self._warn = warn
+        self._store = Store(warn)
+        self._mounts = Watcher()
+
+    def status(self, name: str) -> Overlay:
+        """Return one overlay.
+
+        :raises NotFoundError: if there is none of this name.
+        """
+        record = state.by_name(check_name(name), self._observed())
+        overlay = self._certain(record, self._mounts.table())
+        if overlay is None:
+            raise not_found(name)
+        return state.with_storage(overlay)
+
+    def _certain(self, record: Record, table: Table) -> Overlay | None:
+        """Hold a record against a table read a moment later; None if it is gone.
+
+        What does not fit together may be a change under way: then once more, under the lock.
+        """
+        overlay = state.observe(record, table)
+        if overlay.state is State.ACTIVE and record.phase is Phase.ACTIVE:
+            return overlay
+        try:
+            lock = self._store.lock(record)
+        except NotFoundError:
+            return None
+        try:
+            fresh = self._store.get(record.uuid)
+            if fresh is None or fresh.phase is Phase.DRAINING:
+                return None
+            return state.observe(fresh, self._mounts.table())
+        finally:
+            lock.release()
+
+    def _settled(self) -> list[Record]:
+        """Return the records, with everything finished that a crash cut short."""
+        records = self._store.records()
+        if state.unfinished(records):
+            with self._store.locked():
+                records = self._settle()
+        return records
+
+    def _settle(self) -> list[Record]:
+        """Do the same; the caller holds the store's lock."""
+        records = self._store.records()
+        if state.unfinished(records):
+            from overlayd import reconcile  # noqa: PLC0415  # rarely needed, and slow to load
+
+            for text in reconcile.settle(self._store, self._mounts.table()):
+                self._warn(text)
+            records = self._store.records()
+        return records
+
+    def _observed(self) -> list[Record]:
+        return self._settled() if self._store.exists() else []
+
+    # Last, as the name hides the type within the class from here on.
+    def list(self, *, draining: bool = False) -> list[Overlay]:
+        """Return every overlay, by name; with *draining* also what is removed but still used.
+
+        :raises OverlaydError: if the records cannot be read.
+        """
+        records = self._observed()
+        table = self._mounts.table()
+        found = [
+            state.with_storage(overlay)
+            for record in records
+            if record.phase in {Phase.ACTIVE, Phase.REMOVING}
+            and (overlay := self._certain(record, table)) is not None
+        ]
+        if draining:
+            from overlayd import removal  # noqa: PLC0415  # only for this option
+
+            gone = removal.drained(records)
+            found += [
+                state.observe(record, table)
+                for record in records
+                if record.phase is Phase.DRAINING and record not in gone
+            ]
+            for record in gone:
+                self._store.drop(record.uuid)
+        return sorted(found, key=lambda overlay: overlay.record.name)

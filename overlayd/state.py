@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a record and the mount table say together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from overlayd import mountinfo
+from overlayd import syscalls as sys
+from overlayd.model import Overlay, Phase, State, Storage
+from overlayd.store import not_found, storage_path, upper_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from overlayd.model import Record
+    from overlayd.mountinfo import Mount, Table
+
+
+def by_name(name: str, present: Iterable[Record]) -> Record:
+    """Return the record that has the name now.
+
+    :raises NotFoundError: if there is none.
+    """
+    for record in present:
+        if record.name == name and record.phase is not Phase.DRAINING:
+            return record
+    raise not_found(name)
+
+
+def unfinished(records: Sequence[Record]) -> bool:
+    """Whether any record looks as if an operation ran or had been cut short."""
+    active = Phase.ACTIVE
+    return any(
+        (record.phase is not active and record.phase is not Phase.DRAINING)
+        or record.pending is not None
+        for record in records
+    )
+
+
+def attached(record: Record, table: Table) -> list[Mount]:
+    """Return the mounts that carry the overlay's tag at its place."""
+    return [
+        mount
+        for mount in table.tagged.get(record.uuid, [])
+        if mount.mount_point == record.mount_point
+    ]
+
+
+def observe(record: Record, table: Table) -> Overlay:
+    """Hold a record against the mount table."""
+    if record.phase is Phase.DRAINING:
+        return Overlay(record, State.DRAINING, None, None)
+    mine = [
+        mount
+        for mount in attached(record, table)
+        if record.tree is not None and mount.st_dev == record.tree.st_dev
+    ]
+    if not mine:
+        return Overlay(record, State.LOST, None, None)
+    try:
+        visible = mountinfo.top_mount_id(record.mount_point) == mine[-1].mount_id
+    except OSError:
+        visible = False
+    state = State.ACTIVE if visible else State.COVERED
+    return Overlay(record, state, mine[-1].mount_id, None)
+
+
+def with_storage(overlay: Overlay) -> Overlay:
+    """Add the figures of the writable storage, zeros where there is none."""
+    tree = overlay.record.tree
+    storage: Storage | None = Storage(0, 0, 0, 0)
+    if tree is not None and tree.upper:
+        try:
+            facts = sys.statfs(storage_path(overlay.record.uuid, upper_name(tree.upper)))
+        except OSError:
+            storage = None
+        else:
+            storage = Storage(
+                size_bytes=facts.size,
+                used_bytes=facts.size - facts.free,
+                inodes=facts.files,
+                used_inodes=facts.files - facts.ffree,
+            )
+    return replace(overlay, storage=storage)
