@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The commands that change something: apply, reset, remove, batch."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from overlayd import render
+from overlayd.cli_common import (
+    Common,
+    check_stateroot,
+    common_options,
+    complete_names,
+    interruptible,
+    stateroot_option,
+)
+from overlayd.errors import RefusedError
+from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            return parse_size(str(value))
+        except RefusedError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+
+@click.command(short_help="Lay SOURCE over TARGET under a name.")
+@click.argument("name")
+@click.argument("source")
+@click.argument("target")
+@click.option("--read-only", is_flag=True, help="No edits through the target.")
+@click.option("--allow-other", is_flag=True, help="Everyone sees it; always so for root.")
+@click.option(
+    "--default-permissions", is_flag=True, help="The kernel checks modes; always so, recorded."
+)
+@stateroot_option
+@click.option("--allow-critical", is_flag=True, help="Permit a target the system depends on.")
+@click.option("--preserve-owner", is_flag=True, help="Keep owners; otherwise all is root's.")
+@click.option("--size", type=_Size(), metavar="SIZE", help="Room for edits, such as 64M or 2G.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say the steps, do nothing.")
+@common_options
+def apply(  # noqa: PLR0913  # one parameter per option
+    common: Common,
+    *,
+    name: str,
+    source: str,
+    target: str,
+    read_only: bool,
+    allow_other: bool,
+    default_permissions: bool,
+    stateroot: str | None,
+    allow_critical: bool,
+    preserve_owner: bool,
+    size: int | None,
+    dry_run: bool,
+) -> None:
+    """Lay SOURCE over TARGET, a path under /usr, and call that NAME.
+
+    SOURCE is copied, so that later changes to it do not show. A directory is merged into TARGET;
+    a file goes into a TARGET directory, or over a TARGET file. A TARGET that does not exist shows
+    up in an overlay on its nearest parent.
+
+    \b
+    Examples:
+      overlayd apply fix ./share/app /usr/share/app
+      overlayd apply tool ./mytool /usr/bin/mytool --allow-critical
+      overlayd apply doc ./manual /usr/share/doc/app --read-only
+      overlayd apply big ./data /usr/share/data --size 2G --dry-run
+    """  # noqa: D301
+    check_stateroot(stateroot)
+    if read_only and size is not None:
+        message = "--size is the room for edits, and --read-only has none"
+        raise click.UsageError(message)
+    request = Request(
+        name=name,
+        source=_absolute(source, "SOURCE"),
+        target=_absolute(target, "TARGET"),
+        options=Options(
+            read_only=read_only,
+            allow_other=allow_other,
+            default_permissions=default_permissions,
+            preserve_owner=preserve_owner,
+            allow_critical=allow_critical,
+        ),
+        size=size,
+    )
+    manager = common.manager()
+    with interruptible(common) as progress:
+        if dry_run:
+            steps = manager.describe(request, progress)
+            click.echo(render.as_json({"steps": steps}) if common.json else "\n".join(steps))
+            return
+        overlay = manager.apply(request, progress)
+    common.show(overlay, render.applied(overlay))
+
+
+def _absolute(path: str, what: str) -> str:
+    """Make *path* absolute; a directory that is gone is an error, not a guess."""
+    if not path or "\0" in path:
+        message = f"{what} is empty"
+        raise RefusedError(message)
+    try:
+        return path if path.startswith("/") else f"{os.getcwd()}/{path}"
+    except FileNotFoundError:
+        message = f"{what} {shown(path)} is relative, and the working directory is gone"
+        raise RefusedError(message) from None
+
+
+def _version(text: str) -> int:
+    words = {"base": BASE, "applied": APPLIED}
+    if text in words:
+        return words[text]
+    if text.isascii() and text.isdigit() and len(text) < 10:  # noqa: PLR2004
+        return int(text)
+    message = f"{shown(text)!r} is not a version: base, applied or a number"
+    raise click.UsageError(message)
+
+
+@click.command(short_help="Drop the edits; back to the base or to what was applied.")
+@click.argument("name", shell_complete=complete_names)
+@click.option("--to", "version", default="base", metavar="base|applied|N", show_default=True)
+@common_options
+def reset(common: Common, *, name: str, version: str) -> None:
+    """Drop what was edited in the overlay NAME and show a version of it: the base if not said.
+
+    It stays mounted, and nobody sees a moment without it. Programs that run from it keep their
+    old files.
+
+    \b
+    Examples:
+      overlayd reset fix
+      overlayd reset fix --to applied
+    """  # noqa: D301
+    number = _version(version)
+    with interruptible(common) as progress:
+        overlay = common.manager().reset(name, number, progress)
+    what = "the base" if number == BASE else f"version {number}"
+    common.show(overlay, f"{name}: {shown(overlay.record.target)} shows {what}")
+
+
+@click.command(short_help="Take an overlay away.")
+@click.argument("name", shell_complete=complete_names)
+@click.option("--lazy", is_flag=True, help="Also while in use: programs keep their old files.")
+@common_options
+def remove(common: Common, *, name: str, lazy: bool) -> None:
+    """Take the overlay NAME away, with everything edited in it.
+
+    \b
+    Examples:
+      overlayd remove fix
+      overlayd remove fix --lazy
+    """  # noqa: D301
+    with interruptible(common) as progress:
+        overlay = common.manager().remove(name, lazy=lazy, progress=progress)
+    still = ", programs still use the old files" if overlay.state == "draining" else ""
+    common.show(overlay, f"{name}: removed{still}")
+
+
+@click.command(short_help="Apply many overlays from a file.")
+@click.argument("file")
+@click.option("--atomic", is_flag=True, help="All or none.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=4, show_default=True, metavar="N")
+@common_options
+def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
+    """Apply the [[overlay]] tables of a TOML FILE, copying several at a time.
+
+    The keys are those of apply: name, source, target, size, and read_only, allow_other,
+    default_permissions, allow_critical, preserve_owner = true. With --atomic nothing shows before
+    all is copied, and if one fails none stays.
+
+    \b
+    Examples:
+      overlayd dump > overlays.toml
+      overlayd batch overlays.toml --atomic
+    """  # noqa: D301
+    from pathlib import Path  # noqa: PLC0415
+
+    from overlayd import batch as batches  # noqa: PLC0415
+    from overlayd.manager import Manager  # noqa: PLC0415
+
+    requests = batches.read(Path(file))
+    config = common.load()
+    common.manager()
+    with interruptible(common) as progress:
+        outcomes = batches.run(
+            requests,
+            lambda: Manager(lambda: config, warn=common.warn),
+            progress,
+            jobs=jobs,
+            atomic=atomic,
+        )
+    if common.json:
+        results: list[dict[str, object]] = []
+        for outcome in outcomes:
+            result: dict[str, object] = {"name": outcome.request.name}
+            if outcome.overlay is not None:
+                result["overlay"] = render.overlay_object(outcome.overlay)
+            if outcome.error is not None:
+                result |= render.error_object(outcome.error)
+            results.append(result)
+        click.echo(render.as_json(results))
+    else:
+        for outcome in outcomes:
+            if outcome.overlay is not None:
+                click.echo(render.applied(outcome.overlay))
+            elif outcome.error is not None:
+                click.echo(f"{outcome.request.name}: failed: {outcome.error.message}", err=True)
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    if (error := batches.worst(outcomes)) is not None:
+        message = f"{failed} of {len(outcomes)} overlays failed, the first: {error.message}"
+        raise type(error)(message, hint=error.hint)
