@@ -16,16 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from benchmarks import baseline, gap, world
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import GapRow, Meter, Row, gap_table, table
 from overlayd import mountinfo
 from overlayd.errors import OverlaydError
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 _GAP: Final = "gap"
 
@@ -36,7 +33,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("the benchmarks need root: they mount overlays", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     meter = Meter()
     rows: list[Row] = []
     gaps: list[GapRow] = []
@@ -58,8 +55,8 @@ def main() -> int:
                         rows += CASES[name](here)
                 except (OverlaydError, OSError, RuntimeError) as error:
                     failures.append(f"{name}: {error}")
-        left = [uuid for uuid in mountinfo.read().tagged if not failures]
-        failures += [f"the overlay {uuid} is left" for uuid in left]
+        if not failures:
+            failures = [f"the overlay {uuid} is left" for uuid in mountinfo.read().tagged]
     except KeyboardInterrupt:
         meter.clear()
         print("interrupted; nothing is left behind", file=sys.stderr)
@@ -103,10 +100,6 @@ def _as_object(
         "gap": [row.as_object() for row in gaps],
         "not_measured": failures,
     }
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

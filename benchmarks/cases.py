@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 from benchmarks import baseline, world
 from benchmarks.measure import Meter, Row, paired, run_quietly, timed
 from overlayd import syscalls as sys
-from overlayd.manager import APPLIED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,7 +112,7 @@ def reset(here: Setting) -> Iterator[Row]:
     baseline.apply(source, other, "reset")
     numbers = itertools.count(1)
     pair = paired(
-        lambda: timed(lambda: manager.reset("reset", APPLIED)),
+        lambda: timed(lambda: manager.reset("reset", world.APPLIED)),
         lambda: timed(lambda: baseline.reset(other, "reset", next(numbers))),
         here.meter,
         rounds=here.times(20, 5),

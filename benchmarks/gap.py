@@ -8,6 +8,7 @@ the version as applied, so only the layer's content is right: anything else is a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -21,7 +22,6 @@ from unittest import mock
 from benchmarks import baseline, world
 from benchmarks.measure import GapRow, timed
 from overlayd import syscalls as sys
-from overlayd.manager import APPLIED
 from overlayd.overlayfs import Exchange
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _NAME: Final = "gap"
 _LAYER: Final = b"layer"
 _BASE: Final = b"base!"
+_PR_SET_PDEATHSIG: Final = 1
 _READY_AFTER: Final = 100
 _READY_SECONDS: Final = 10.0
 
@@ -51,7 +52,8 @@ class Reader:
         self._answer, writing = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when its parent says so
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # or when that is gone
             try:
                 os.write(writing, json.dumps(self._look()).encode())
             finally:
@@ -115,16 +117,16 @@ def rows(ground: str, temporary: str, meter: Meter, rounds: int, plain: int) -> 
     os.mkdir(target)
     Path(target, "file").write_bytes(_BASE)
 
-    def own(name: str, title: str, way: Exchange | None) -> GapRow:
+    def own(name: str, title: str, way: Exchange | None, times: int = rounds) -> GapRow:
         manager = world.make_manager(way)
         world.apply(manager, _NAME, source, target)
         try:
             return _measure(
                 (name, title),
-                lambda _: manager.reset(_NAME, APPLIED),
+                lambda _: manager.reset(_NAME, world.APPLIED),
                 f"{target}/file",
                 meter,
-                rounds,
+                times,
                 gapless=True,
             )
         finally:
@@ -135,9 +137,8 @@ def rows(ground: str, temporary: str, meter: Meter, rounds: int, plain: int) -> 
     with _no_beneath():
         found.append(own("fallback", "overlayd reset, the kernel refuses BENEATH", None))
     sys.mount_propagation(ground, sys.MS_PRIVATE)
-    found.append(
-        own("tuck-private", "overlayd reset, by propagation, private parent", Exchange.TUCK)
-    )
+    title = "overlayd reset, by propagation, private parent"
+    found.append(own("tuck-private", title, Exchange.TUCK, rounds // 5))
     sys.mount_propagation(ground, sys.MS_SHARED)
     baseline.apply(source, target, _NAME)
     try:

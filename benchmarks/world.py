@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys as python
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,6 +32,8 @@ _SIZE: Final = 256 << 20
 _INODES: Final = 100_000
 FILES: Final = 10
 """Files of a small source."""
+APPLIED: Final = 1
+"""The version that an apply made."""
 
 
 def enter() -> str:
@@ -85,19 +88,17 @@ def apply(manager: Manager, name: str, source: str, target: str) -> None:
 @contextlib.contextmanager
 def overlays(manager: Manager, source: str, ground: str, count: int) -> Iterator[None]:
     """Have *count* overlays while the body runs, each on a directory of its own."""
-    names = [f"many{number}" for number in range(count)]
+    made: list[str] = []
     try:
-        for name in names:
+        for name in (f"many{number}" for number in range(count)):
             os.mkdir(f"{ground}/{name}")
             apply(manager, name, source, f"{ground}/{name}")
+            made.append(name)
         yield
     finally:
-        for overlay in manager.list():
-            if overlay.record.name in names:
-                manager.remove(overlay.record.name)
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(f"{ground}/{name}")
+        for name in made:
+            manager.remove(name)
+            os.rmdir(f"{ground}/{name}")
 
 
 def small_source(path: str) -> str:
@@ -137,6 +138,7 @@ class Worker:
         up_read, up_write = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when its orders do
             status = 1
             try:
                 os.close(down_write)

@@ -50,7 +50,7 @@ def read(path: Path) -> list[Request]:
         raise RefusedError(message)
     try:
         tables = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         message = f"{where}: not TOML: {error}"
         raise RefusedError(message) from None
     entries = tables.pop("overlay", None)
@@ -63,11 +63,12 @@ def read(path: Path) -> list[Request]:
         _request(entry, f"{where}: overlay {number}", folder)
         for number, entry in enumerate(entries, 1)
     ]
-    names = [request.name for request in requests]
-    for name in names:
-        if names.count(name) > 1:
-            message = f"{where}: two overlays are named {name!r}"
+    seen: set[str] = set()
+    for request in requests:
+        if request.name in seen:
+            message = f"{where}: two overlays are named {request.name!r}"
             raise RefusedError(message)
+        seen.add(request.name)
     return requests
 
 

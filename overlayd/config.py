@@ -136,7 +136,7 @@ def parse(text: str, name: str) -> dict[str, object]:
     """
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         message = f"{name}: not TOML: {error}"
         raise RefusedError(message) from None
     settings: dict[str, object] = {}
@@ -162,7 +162,7 @@ def _read(path: Path, *, guard: bool) -> str:
     """Return the text of *path*; with *guard* only if nobody but root could have written it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     name = shown(str(path))
-    with open(fd, "rb") as file:  # a descriptor, not a path
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             message = f"{name}: not a regular file"
@@ -170,7 +170,9 @@ def _read(path: Path, *, guard: bool) -> str:
         if guard and (facts.st_uid != 0 or facts.st_mode & 0o022):
             message = f"{name}: must belong to root and be writable by root alone"
             raise RefusedError(message, hint=f"chown root {name}; chmod go-w {name}")
-        data = file.read(_MAX_BYTES + 1)
+        data = os.read(fd, _MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(data) > _MAX_BYTES:
         message = f"{name}: larger than 1 MiB"
         raise RefusedError(message)

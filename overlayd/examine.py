@@ -184,9 +184,13 @@ def _check_depth(place: OpenPlace) -> None:
 
 def memory_available() -> int:
     """Return the bytes that can be had without swapping: MemAvailable of /proc/meminfo."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    fd = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        head = os.read(fd, 4096)
+    finally:
+        os.close(fd)
+    for line in head.split(b"\n"):
+        if line.startswith(b"MemAvailable:"):
+            return int(line.split()[1]) * 1024
     message = "/proc/meminfo does not say how much memory is available"
     raise OverlaydError(message)

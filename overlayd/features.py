@@ -7,6 +7,7 @@ with a mount namespace of its own, so that nothing of it is ever seen.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from overlayd import syscalls as sys
 from overlayd.model import USR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _GROUND: Final = "/run"
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -114,13 +115,18 @@ def _read_only() -> None:
     os.close(overlayfs.make_overlay("probe", fds, None, sys.MOUNT_ATTR_RDONLY))
 
 
+@contextlib.contextmanager
+def _stage() -> Iterator[str]:
+    yield f"{_GROUND}/stage"
+
+
 def _exchange(way: overlayfs.Exchange) -> None:
     parent = os.open(_GROUND, _OPEN)
     fds = [os.open(name, _OPEN, dir_fd=parent) for name in ("a", "b")]
     new = overlayfs.make_overlay("probe", fds, None, 0)
     try:
         device = os.fstat(new).st_dev
-        overlayfs.put_beneath(new, f"{_GROUND}/place", parent, f"{_GROUND}/stage", way)
+        overlayfs.put_beneath(new, f"{_GROUND}/place", parent, _stage, way)
         sys.umount2(f"{_GROUND}/place", sys.MNT_DETACH)
     finally:
         os.close(new)

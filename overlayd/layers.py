@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _CHUNK: Final = 16 << 20
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEVER_KEPT: Final = "trusted.overlay."
-_MAX_XATTR_TRIES: Final = 2
 
 
 @dataclass(slots=True)
@@ -59,6 +58,7 @@ class Copier:
     _count: _Count = field(default_factory=_Count)
     _links: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
     _attributes: bool = True
+    _place: tuple[str, ...] = ()
 
     def tree(self, source_fd: int, base_fd: int | None) -> None:
         """Copy everything below *source_fd*; the layer's root is made already.
@@ -72,18 +72,15 @@ class Copier:
         names: list[str] = []
         try:
             for kind, fd, name in walk:
+                self._place = (*names, name)
                 if kind is Kind.FILE:
-                    if bases[-1] is not None and is_directory(bases[-1], name):
-                        raise conflict(walk.path(name), "the base", base_is_directory=True)
-                    self._step()
-                    self._file(fd, name, dests[-1], name, (*names, name))
+                    self._step(bases[-1])
+                    self._file(fd, name, dests[-1], name, self._place)
                 elif kind is Kind.SYMLINK:
-                    if bases[-1] is not None and is_directory(bases[-1], name):
-                        raise conflict(walk.path(name), "the base", base_is_directory=True)
-                    self._step()
+                    self._step(bases[-1])
                     self._symlink(fd, name, dests[-1])
                 elif kind is Kind.DIRECTORY:
-                    self._step()
+                    self._step(None)
                     os.mkdir(name, 0o700, dir_fd=dests[-1])
                 elif kind is Kind.ENTER:
                     self.progress.check()
@@ -92,7 +89,7 @@ class Copier:
                             bases.append(open_base(bases[-1], name))
                         except NotADirectoryError:
                             raise conflict(
-                                walk.path("."), "the base", base_is_directory=False
+                                self._path(), "the base", base_is_directory=False
                             ) from None
                         dests.append(os.open(name, OPEN_DIRECTORY, dir_fd=dests[-1]))
                         names.append(name)
@@ -107,24 +104,31 @@ class Copier:
                     if names:
                         names.pop()
         except OSError as error:
-            raise self._storage_error(error, walk.path(".")) from None
+            raise self._storage_error(error) from None
         finally:
             for open_fd in (*dests, *bases):
                 if open_fd is not None:
                     os.close(open_fd)
 
-    def _step(self) -> None:
+    def _step(self, base: int | None) -> None:
+        """Count an entry; *base* is the base's directory if the entry must not be one there."""
         self._count.entries += 1
         if self._count.entries > self.limits.entries:
             raise too_many(self.label, self.limits)
+        if is_directory(base, self._place[-1]):
+            raise conflict(self._path(), "the base", base_is_directory=True)
 
-    def _storage_error(self, error: OSError, path: str) -> OverlaydError:
+    def _path(self) -> str:
+        """Return the path of what is being copied, for messages."""
+        return "/".join((self.label, *self._place)).rstrip("/")
+
+    def _storage_error(self, error: OSError) -> OverlaydError:
         if error.errno == errno.ENOSPC:
             message = f"{shown(self.label)} outgrew the storage measured for it while it was copied"
             return SpaceError(message, hint="apply again when nothing writes to the source")
         if error.errno in {errno.ENOENT, errno.ELOOP, errno.ENXIO}:
-            return changed(path)
-        return from_oserror(error, f"copying {shown(path)}")
+            return changed(self._path())
+        return from_oserror(error, f"copying {shown(self._path())}")
 
     def single_file(self, source_dir: int, name: str, dest_dir: int, dest_name: str) -> None:
         """Copy one regular file, as a source of its own.
@@ -135,7 +139,7 @@ class Copier:
         try:
             self._file(source_dir, name, dest_dir, dest_name, (dest_name,))
         except OSError as error:
-            raise self._storage_error(error, self.label) from None
+            raise self._storage_error(error) from None
 
     def _file(  # from here to there
         self, source_dir: int, name: str, dest_dir: int, dest_name: str, place: tuple[str, ...]
@@ -145,7 +149,7 @@ class Copier:
         try:
             facts = os.fstat(source)
             if not stat.S_ISREG(facts.st_mode):
-                raise refuse_special(facts.st_mode, f"{self.label}/{name}")
+                raise refuse_special(facts.st_mode, self._path())
             if facts.st_nlink > 1:
                 key = (facts.st_dev, facts.st_ino)
                 if (first := self._links.get(key)) is not None:
@@ -167,7 +171,7 @@ class Copier:
                 os.close(dest)
             after = os.fstat(source)
             if (after.st_mtime_ns, after.st_size) != (facts.st_mtime_ns, facts.st_size):
-                raise changed(f"{self.label}/{'/'.join(place)}")
+                raise changed(self._path())
         finally:
             os.close(source)
 
@@ -179,6 +183,7 @@ class Copier:
             for start, end in extents(source, size):
                 os.lseek(dest, start, os.SEEK_SET)
                 self._count.size += end - start
+                check_size(self._count, self.label, self.limits)
                 self._stretch(source, dest, start, end)
             os.ftruncate(dest, size)
         self.progress.advance(1, 0)
@@ -189,7 +194,7 @@ class Copier:
             # EXDEV rules out copy_file_range from disk to tmpfs; sendfile has no such limit.
             done = os.sendfile(dest, source, at, min(_CHUNK, end - at))
             if done == 0:
-                raise changed(self.label)
+                raise changed(self._path())
             at += done
             self.progress.advance(0, done)
 
@@ -208,7 +213,7 @@ class Copier:
     def _symlink(self, source_dir: int, name: str, dest_dir: int) -> None:
         facts = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
         if not stat.S_ISLNK(facts.st_mode):
-            raise changed(f"{self.label}/{name}")
+            raise changed(self._path())
         os.symlink(os.readlink(name, dir_fd=source_dir), name, dir_fd=dest_dir)
         if self.preserve_owner:
             os.chown(name, facts.st_uid, facts.st_gid, dir_fd=dest_dir, follow_symlinks=False)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from overlayd import cleanup, mountinfo, ops, ostree, overlayfs, plan, state
@@ -19,7 +21,7 @@ from overlayd.model import TAG_PREFIX, Overlay, State, check_name
 from overlayd.mountinfo import Mount, own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress
-from overlayd.store import LAYER, boot_id, storage_path, upper_name
+from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,7 +113,7 @@ class Manager(Observer):
             with self._store.locked():
                 # Again and exactly, now that nobody else can take the name or the place.
                 plan.check_free(request.name, where, self._settle(), config.overlays)
-                record = plan.new_record(request, where, seen.measure, _identity(), config)
+                record = plan.new_record(request, where, seen.measure, self._identity(), config)
                 run = Run(
                     self._store, progress, record, self._way, source=seen.source, place=seen.place
                 )
@@ -145,6 +147,17 @@ class Manager(Observer):
             warn=self._warn,
         )
 
+    def _identity(self) -> plan.Identity:
+        """Say who makes an overlay, and when; uid and session as the kernel attests them."""
+        return plan.Identity(
+            uuid=str(uuid.uuid4()),
+            boot_id=self._store.boot_id,
+            owner=os.getuid(),
+            session_id=_session(),
+            created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            deployment=None if (deployment := ostree.booted()) is None else str(deployment),
+        )
+
     def describe(self, request: Request, progress: Progress) -> list[str]:
         """Say what an apply would do, having checked everything that can be checked.
 
@@ -153,7 +166,7 @@ class Manager(Observer):
         seen = self._examine(request, progress)
         seen.close()
         where = seen.place.place
-        record = plan.new_record(request, where, seen.measure, _identity(), self.config)
+        record = plan.new_record(request, where, seen.measure, self._identity(), self.config)
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]
 
@@ -242,18 +255,9 @@ class Manager(Observer):
         return cleanup.clean(self._store, self.remove, dry_run=dry_run)
 
 
-def _identity() -> plan.Identity:
-    """Say who makes an overlay, and when; uid and session as the kernel attests them."""
+@cache
+def _session() -> int | None:
+    """Return the audit session of this process, which is also logind's; None outside of one."""
     with open("/proc/self/sessionid", encoding="ascii") as file:
         session = int(file.read())
-    with open("/proc/sys/kernel/random/uuid", encoding="ascii") as file:
-        uuid = file.read().strip()
-    deployment = ostree.booted()
-    return plan.Identity(
-        uuid=uuid,
-        boot_id=boot_id(),
-        owner=os.getuid(),
-        session_id=None if session == _NO_SESSION else session,
-        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        deployment=None if deployment is None else str(deployment),
-    )
+    return None if session == _NO_SESSION else session

@@ -69,10 +69,15 @@ def parse_line(line: bytes) -> Mount:
         text = f"not a line of mountinfo: {line!r}"
         raise ValueError(text)
     major, _, minor = fields[2].partition(b":")
+    try:
+        st_dev = os.makedev(int(major), int(minor))
+    except OverflowError:
+        text = f"not a device number: {fields[2]!r}"
+        raise ValueError(text) from None
     return Mount(
         mount_id=int(fields[0]),
         parent_id=int(fields[1]),
-        st_dev=os.makedev(int(major), int(minor)),
+        st_dev=st_dev,
         root=_unescape(fields[3]),
         mount_point=_unescape(fields[4]),
         options=frozenset(fields[5].decode().split(",")),
@@ -95,7 +100,7 @@ class Table:
 
     def __iter__(self) -> Iterator[Mount]:
         """Parse every line; for the rare questions that need all of them."""
-        return (parse_line(line) for line in self.raw.splitlines())
+        return (parse_line(line) for line in self._lines())
 
     @cached_property
     def tagged(self) -> dict[str, list[Mount]]:
@@ -112,10 +117,18 @@ class Table:
             at = -1 if end < 0 else raw.find(_TAG_FILTER, end)
         return found
 
+    def _lines(self) -> list[bytes]:
+        """Split at newlines alone: the kernel escapes no other end of a line."""
+        return [line for line in self.raw.split(b"\n") if line]
+
     @cached_property
     def _points(self) -> list[tuple[bytes, bytes]]:
         """Mount point (as the kernel writes it) and line of each mount, sorted."""
-        return sorted((line.split(b" ", 5)[4], line) for line in self.raw.splitlines())
+        try:
+            return sorted((line.split(b" ", 5)[4], line) for line in self._lines())
+        except IndexError:
+            text = "not a table of mountinfo"
+            raise ValueError(text) from None
 
     def within(self, path: str) -> list[Mount]:
         """Return the mounts whose mount point is *path* or lies inside it, by path components.
@@ -136,7 +149,6 @@ class Table:
         """Return the table without what is at or inside *removed*, and then with *added*."""
         gone = {mount.mount_point for path in removed for mount in self.within(path)}
         mangled = {_mangle(path) for path in gone}
-        table = Table(b"")
         points = [item for item in self._points if item[0] not in mangled] if gone else self._points
         fresh = sorted([*points, *((_mangle(mount.mount_point), _line(mount)) for mount in added)])
         tagged = dict(self.tagged)
@@ -147,6 +159,7 @@ class Table:
         for mount in added:
             if mount.tag is not None:
                 tagged[mount.tag] = [*tagged.get(mount.tag, []), mount]
+        table = Table(b"\n".join(line for _, line in fresh))
         table.__dict__.update(_points=fresh, tagged=tagged)
         return table
 

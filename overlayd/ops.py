@@ -410,11 +410,15 @@ class PutBeneath(Step):
         """Put it there, by the kernel's own call or by propagation."""
         parent = targets.open_parent(self.mount_point)
         try:
-            stage = run.store.stage(run.record.uuid)
-            overlayfs.put_beneath(run.overlay_fd, self.mount_point, parent, stage, run.way)
+            overlayfs.put_beneath(
+                run.overlay_fd,
+                self.mount_point,
+                parent,
+                lambda: run.store.staging(run.record.uuid),
+                run.way,
+            )
         finally:
             os.close(parent)
-            run.store.unstage(run.record.uuid)
 
 
 @dataclass(frozen=True, slots=True)

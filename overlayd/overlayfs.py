@@ -19,7 +19,8 @@ from overlayd import syscalls as sys
 from overlayd.model import TAG_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 STORAGE_SOURCE: Final = "overlayd-storage"
 """``source`` of overlayd's tmpfs mounts; for people who read the mount table."""
@@ -149,13 +150,17 @@ def clone(fd: int) -> int:
 
 
 def put_beneath(
-    new_fd: int, place: str, parent_fd: int, stage: str, way: Exchange | None = None
+    new_fd: int,
+    place: str,
+    parent_fd: int,
+    staging: Callable[[], AbstractContextManager[str]],
+    way: Exchange | None = None,
 ) -> None:
     """Put the detached mount *new_fd* beneath the one at *place*.
 
     When that one is detached afterwards, a reader has seen the old or the new mount and never
-    what lies below.  *parent_fd* is open on the directory that holds *place*; *stage* as for
-    :func:`staged`.  Without *way* the kernel's own call is tried first.
+    what lies below.  *parent_fd* is open on the directory that holds *place*; *staging* gives a
+    stage as for :func:`staged`.  Without *way* the kernel's own call is tried first.
     """
     if way is not Exchange.TUCK:
         try:
@@ -166,7 +171,8 @@ def put_beneath(
                 raise
         else:
             return
-    _tuck(new_fd, place, parent_fd, stage)
+    with staging() as stage:
+        _tuck(new_fd, place, parent_fd, stage)
 
 
 def _beneath(new_fd: int, place: str) -> None:

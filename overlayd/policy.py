@@ -6,6 +6,7 @@ Pure: what has to be looked up on the system comes in as facts.
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
@@ -17,6 +18,7 @@ from overlayd.model import is_within
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_WILD: Final = frozenset("*?[")
 _PROGRAM_DIRECTORIES: Final = ("/usr/bin", "/usr/sbin")
 
 
@@ -44,25 +46,37 @@ def critical_reason(
     file is covered and nothing else.
     """
     parts = path.split("/")
-    for tree in trees:
-        pattern = tree.split("/")
-        depth = min(len(parts), len(pattern))
-        if not all(map(fnmatchcase, parts[:depth], pattern[:depth])):
+    # One program may be tried; what makes it critical all the same comes below.
+    program = single_file is not None and any(is_within(path, top) for top in _PROGRAM_DIRECTORIES)
+    for tree, pattern in _split(trees):
+        if not all(map(_matches, parts, pattern)):
             continue
         if len(parts) < len(pattern):
             wild = parts != pattern[: len(parts)]
-            if not wild or exists("/".join(parts + pattern[len(parts) :])):
+            if not wild or exists("/".join([*map(glob.escape, parts), *pattern[len(parts) :]])):
                 return f"{path} contains {tree}"
-        elif single_file is None or not any(is_within(path, top) for top in _PROGRAM_DIRECTORIES):
+        elif not program:
             return f"{path} is {tree}" if path == tree else f"{path} lies in {tree}"
-    if single_file is not None:
-        if single_file.set_id:
-            return f"{path} is a set-id program"
-        if single_file.capabilities:
-            return f"{path} has file capabilities"
-        if single_file.needed:
-            return f"overlayd itself needs {path}"
+    if single_file is None:
+        return None
+    for bad, reason in (
+        (single_file.set_id, f"{path} is a set-id program"),
+        (single_file.capabilities, f"{path} has file capabilities"),
+        (single_file.needed, f"overlayd itself needs {path}"),
+    ):
+        if bad:
+            return reason
     return None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Match one component; nearly all are told apart without a pattern."""
+    return name == pattern or (not _WILD.isdisjoint(pattern) and fnmatchcase(name, pattern))
+
+
+@lru_cache(maxsize=8)
+def _split(trees: tuple[str, ...]) -> tuple[tuple[str, list[str]], ...]:
+    return tuple((tree, tree.split("/")) for tree in trees)
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 _MAX_NUMBER: Final = 1 << 64
 _MAX_PATH: Final = 4096
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 _OPTIONS: Final = tuple(Options.__dataclass_fields__)
 
 _E = TypeVar("_E", bound="StrEnum")
@@ -102,7 +103,7 @@ class _Reader:
 
 def encode(record: Record) -> bytes:
     """Return the JSON of *record*; every path survives, UTF-8 or not."""
-    return json.dumps(
+    return _encode(
         {
             "schema": SCHEMA,
             "uuid": record.uuid,
@@ -132,8 +133,7 @@ def encode(record: Record) -> bytes:
             "tree": _encode_tree(record.tree),
             "pending": _encode_tree(record.pending),
             "deployment": record.deployment,
-        },
-        separators=(",", ":"),
+        }
     ).encode()
 
 

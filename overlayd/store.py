@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _SIZE: Final = 32 << 20
 _INODES: Final = 65536
-_MAX_RECORD: Final = 64 << 10
+_MAX_RECORD: Final = 256 << 10
 _PATIENCE: Final = 10.0
 """Seconds that a short operation waits for another on the same overlay."""
 
@@ -90,7 +90,7 @@ class Lock:
 
 
 class Store:
-    """Access to the world below ``/run/overlayd``.
+    """Access to the world below ``/run/overlayd``; ``boot_id`` is the kernel's.
 
     Nothing is made before something has to be written.  Not for use by two threads at once,
     except for what takes no cache: :meth:`write`, :meth:`drop` and the locks.
@@ -99,7 +99,8 @@ class Store:
     def __init__(self, warn: Callable[[str], None]) -> None:
         """Report what is odd but no reason to fail to *warn*."""
         self._warn = warn
-        self._boot_id = boot_id()
+        self.boot_id = boot_id()
+        self._checked: tuple[object, ...] = ()
         self._inodes: dict[str, int] = {}
         self._known: dict[str, Record | None] = {}
         self._believed: list[Record] = []
@@ -129,6 +130,10 @@ class Store:
 
     def _check_world(self) -> None:
         try:
+            facts = os.stat(_WORLD)
+            world_is = (facts.st_dev, facts.st_ino, facts.st_ctime_ns, mountinfo.namespace())
+            if world_is == self._checked:
+                return
             with open(_WORLD, encoding="ascii") as file:
                 world = json.load(file)
             owner, boot = world["namespace"], world["boot_id"]
@@ -138,11 +143,12 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             message = f"{RUN} is a mount, but not overlayd's"
             raise RefusedError(message, hint=f"see 'findmnt {RUN}'") from None
-        if boot != self._boot_id:
+        if boot != self.boot_id:
             message = f"{RUN} is left from another boot"
             raise RefusedError(message, hint=f"umount -R {RUN}") from None
-        if owner != mountinfo.namespace():
+        if owner != world_is[-1]:
             self._refuse_namespace(owner)
+        self._checked = world_is
 
     @staticmethod
     def _check_namespace_of_run() -> None:
@@ -191,7 +197,7 @@ class Store:
         """Fill a detached tmpfs and attach it: there is no half-made world."""
         mount_fd = overlayfs.make_tmpfs(_SIZE, _INODES)
         try:
-            world = {"schema": 1, "boot_id": self._boot_id, "namespace": mountinfo.namespace()}
+            world = {"schema": 1, "boot_id": self.boot_id, "namespace": mountinfo.namespace()}
             _write(mount_fd, "world.json", json.dumps(world).encode())
             _write(mount_fd, "lock", b"")
             for name in ("records", "storage", "stage", "quarantine"):
@@ -230,6 +236,14 @@ class Store:
             os.rmdir(path)
         except FileNotFoundError:
             return
+
+    @contextlib.contextmanager
+    def staging(self, uuid: str) -> Iterator[str]:
+        """Yield the overlay's stage for a while."""
+        try:
+            yield self.stage(uuid)
+        finally:
+            self.unstage(uuid)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -338,7 +352,11 @@ class Store:
 
     def get(self, uuid: str) -> Record | None:
         """Return one record as it is now, if it is there."""
-        return self._read(f"{uuid}.json")
+        name = f"{uuid}.json"
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(f"{RECORDS}/{name}").st_ino == self._inodes.get(name):
+                return self._known[name]
+        return self._read(name)
 
     def _read(self, name: str) -> Record | None:
         path = f"{RECORDS}/{name}"
@@ -364,7 +382,7 @@ class Store:
             record = records.decode(data)
             if record.uuid != uuid or UUID.fullmatch(uuid) is None:
                 raise records.RecordError("not the overlay its file is named for")  # noqa: TRY301
-            if record.boot_id != self._boot_id:
+            if record.boot_id != self.boot_id:
                 raise records.RecordError("of another boot")  # noqa: TRY301
         except records.RecordError as error:
             self._quarantine(name, str(error))

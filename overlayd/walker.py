@@ -182,9 +182,8 @@ class Walk:
                 yield Kind.ENTER, fd, name
                 yield from self._scan(stack[-1])
         finally:
-            for frame in stack:
+            for frame in stack:  # left in place, so that path() can still say where it ended
                 os.close(frame.fd)
-            stack.clear()
 
     def _scan(self, frame: _Frame) -> Generator[tuple[Kind, int, str], None, None]:
         try:
@@ -266,6 +265,7 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
     total = Measure(entries=1)
     bases: list[int | None] = []
     flag = flagged.match
+    name = ""
     try:
         for kind, fd, name in walk:
             if kind is Kind.ENTER:
@@ -292,8 +292,8 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
             _count(total, kind, name, fd)
             if flag(name):
                 note_flagged(total, walk.path(name))
-    except FileNotFoundError as error:
-        raise changed(walk.path(str(error.filename))) from None
+    except FileNotFoundError:
+        raise changed(walk.path(name)) from None
     except OSError as error:
         raise from_oserror(error, f"reading {shown(label)}") from None
     finally:

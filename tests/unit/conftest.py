@@ -9,7 +9,6 @@ import re
 import signal
 import struct
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import hypothesis
@@ -24,9 +23,12 @@ from overlayd.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # Nothing is written into the checkout: not every user who runs these may.
-configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "hypothesis"))
+configuration.set_hypothesis_home_dir(
+    os.path.join(tempfile.gettempdir(), f"hypothesis-{os.getuid()}")
+)
 hypothesis.settings.register_profile(
     "overlayd",
     deadline=None,
@@ -269,7 +271,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @pytest.fixture
 def defaults(tmp_path: Path) -> config.Config:
-    """The default configuration, whatever this machine has in /etc."""
+    """Return the default configuration, whatever this machine has in /etc."""
     empty = tmp_path / "empty.toml"
     empty.touch()
     return config.load(empty)
