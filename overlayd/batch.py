@@ -32,6 +32,8 @@ class Outcome:
     request: Request
     overlay: Overlay | None = None
     error: OverlaydError | None = None
+    bystander: bool = False
+    """Whether nothing was wrong with this overlay of an atomic batch, but with another."""
 
 
 def read(path: Path) -> list[Request]:
@@ -104,6 +106,9 @@ def _request(entry: object, where: str, folder: str) -> Request:
     except RefusedError as error:
         message = f"{where}: {error.message}"
         raise RefusedError(message, hint=error.hint) from None
+    if size is not None and flags.get("read_only"):
+        message = f"{where}: size is the room for edits, and read_only has none"
+        raise RefusedError(message)
     if not texts["target"].startswith("/"):
         message = f"{where}: target must be an absolute path"
         raise RefusedError(message)
@@ -184,6 +189,7 @@ def _atomic(
         if outcome.error is None:
             message = "not applied, as another overlay of the batch failed"
             outcome.error = RefusedError(message)
+            outcome.bystander = True
 
 
 def dump(overlays: Sequence[Overlay]) -> str:
@@ -220,7 +226,7 @@ def dump(overlays: Sequence[Overlay]) -> str:
 
 
 def worst(outcomes: Sequence[Outcome]) -> OverlaydError | None:
-    """Return the error that decides the exit code: an interruption, else the first."""
-    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    """Return the error that decides the exit code: an interruption, else the first cause."""
+    errors = [o.error for o in outcomes if o.error is not None and not o.bystander]
     interrupted = [error for error in errors if isinstance(error, InterruptedByUserError)]
     return (interrupted or errors or [None])[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from overlayd import mountinfo, reconcile, removal, state
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError, OverlaydError, from_oserror
 from overlayd.model import Phase, State, shown
-from overlayd.store import QUARANTINE
+from overlayd.store import QUARANTINE, quarantined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,13 +71,21 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
                 Action("orphan", mount.tag or "", text),
                 lambda mount=mount: _detach_orphan(store, mount),  # type: ignore[misc]
             )
-    for name in sorted(os.listdir(QUARANTINE)):
+    for name in quarantined():
         text = f"a record that could not be believed: {shown(name)}"
         act(
             Action("quarantine", name, text),
-            lambda name=name: os.unlink(f"{QUARANTINE}/{name}"),  # type: ignore[misc]
+            lambda name=name: _delete(f"{QUARANTINE}/{name}"),  # type: ignore[misc]
         )
     return actions
+
+
+def _delete(path: str) -> None:
+    """Delete whatever lay where a record should be."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def _detach_orphan(store: Store, mount: Mount) -> None:

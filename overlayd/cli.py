@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import Final
@@ -12,6 +13,7 @@ import click
 
 from overlayd import __version__, render
 from overlayd.errors import InterruptedByUserError, OverlaydError, UsageError
+from overlayd.model import shown
 
 _LOOK: Final = {"list": "list_", "status": "", "dump": "", "doctor": "", "cleanup": ""}
 _CHANGE: Final = ("apply", "reset", "remove", "batch")
@@ -19,6 +21,18 @@ _CHANGE: Final = ("apply", "reset", "remove", "batch")
 
 class _Commands(click.Group):
     """Loads the module of the command that is called, and no other: 'list' is to be quick."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command and see to it that what it printed arrives."""
+        try:
+            result: object = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read the output has seen enough; what was asked for is done.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return None
+        return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands."""
@@ -76,6 +90,9 @@ def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None
 def main() -> None:
     """Run a command and exit with its documented code."""
     as_json = "--json" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     for fd in range(3):
         # A closed standard stream would give its number to the next file that is opened.
         try:
@@ -84,8 +101,6 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     try:
         app.main(standalone_mode=False, prog_name="overlayd")
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except OverlaydError as error:
         _report(error.code, error.message, error.hint, as_json=as_json)
         sys.exit(error.exit_code)
@@ -94,12 +109,13 @@ def main() -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help" if context is not None else "overlayd --help"
-        _report(UsageError.code, error.format_message(), hint, as_json=as_json)
+        _report(UsageError.code, shown(error.format_message()), hint, as_json=as_json)
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _report(InterruptedByUserError.code, "interrupted", None, as_json=as_json)
         sys.exit(InterruptedByUserError.exit_code)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; what was asked for is done.
+    except OSError as error:
+        # All that is left untranslated below is the output's own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
+        _report(OverlaydError.code, f"writing the output: {error.strerror}", None, as_json=as_json)
+        sys.exit(OverlaydError.exit_code)

@@ -12,7 +12,7 @@ from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import Phase, State, human_size, shown
 from overlayd.render import columns
-from overlayd.store import QUARANTINE, Store
+from overlayd.store import QUARANTINE, Store, quarantined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,7 +186,7 @@ def _world(report: Report) -> None:
             f"a mount tagged {shown(mount.source)} without a record: {shown(mount.mount_point)}",
             whose,
         )
-    for name in sorted(os.listdir(QUARANTINE)):
+    for name in quarantined():
         report.note(
             f"a record could not be believed: {QUARANTINE}/{shown(name)}",
             "'overlayd cleanup' deletes it",

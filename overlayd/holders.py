@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import mountinfo
 from overlayd import syscalls as sys
+from overlayd.model import is_within
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Iterator
 
-_NO_FILESYSTEM: Final = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/", "/proc/", "/sys/")
+_NO_FILESYSTEM: Final = ("pipe:", "anon_inode:", "/memfd:", "/dev/", "/proc/", "/sys/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +48,42 @@ def _handles(pid: str) -> Iterator[str]:
                 yield f"{top}/{folder}/{name}"
 
 
-def find(fsids: Container[int]) -> list[Holder]:
-    """Return one :class:`Holder` per process that uses an overlay with one of *fsids*."""
+def find(fsid: int, place: str) -> list[Holder]:
+    """Return one :class:`Holder` per process that uses the overlay with *fsid* at *place*."""
     found: list[Holder] = []
+    sockets: dict[str, dict[str, str]] = {}
     for pid in _processes():
         for link in _handles(pid):
             try:
                 path = os.readlink(link)
-                if path.startswith(_NO_FILESYSTEM):
+                if path.startswith("socket:"):
+                    bound = _sockets(pid, place, sockets).get(path[8:-1])
+                    # The path is the binder's own; whether it is in this overlay its root tells.
+                    if bound is None or not _lies_on(f"/proc/{pid}/root{bound}", fsid):
+                        continue
+                    path = bound
+                elif path.startswith(_NO_FILESYSTEM) or not _lies_on(link, fsid):
                     continue
-                facts = sys.statfs(link)
             except OSError:
                 continue  # gone meanwhile, or a kernel thread
-            if facts.type == sys.OVERLAYFS_SUPER_MAGIC and facts.fsid in fsids:
-                found.append(Holder(int(pid), _command(pid), path.removesuffix(" (deleted)")))
-                break
+            found.append(Holder(int(pid), _command(pid), path.removesuffix(" (deleted)")))
+            break
     return found
+
+
+def _lies_on(link: str, fsid: int) -> bool:
+    facts = sys.statfs(link)
+    return facts.type == sys.OVERLAYFS_SUPER_MAGIC and facts.fsid == fsid
+
+
+def _sockets(pid: str, place: str, known: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the unix sockets bound within *place*, path by inode, of the network namespace."""
+    space = os.readlink(f"/proc/{pid}/ns/net")
+    if space not in known:
+        with open(f"/proc/{pid}/net/unix", encoding="utf-8", errors="surrogateescape") as file:
+            rows = [line.rstrip("\n").split(None, 7) for line in file]
+        known[space] = {row[6]: row[7] for row in rows if len(row) > 7 and is_within(row[7], place)}  # noqa: PLR2004
+    return known[space]
 
 
 def _command(pid: str) -> str:
@@ -80,8 +101,8 @@ def _kernel_threads() -> set[str]:
     return set()  # a container, or a kernel without that file
 
 
-def foreign_copies(uuid: str) -> bool:
-    """Whether the overlay's mount has a copy in a mount namespace other than the caller's.
+def mounts_elsewhere(uuid: str) -> bool:
+    """Whether a mount namespace other than the caller's has a mount of the overlay.
 
     A plain unmount asks the kernel only about this namespace and those that receive from it.
     """

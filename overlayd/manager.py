@@ -131,12 +131,16 @@ class Manager(Observer):
         return Prepared(executor, self._shown)
 
     def _examine(self, request: Request, progress: Progress) -> Examined:
+        present = self._store.exists()  # and this namespace's, or it raises
+
         def check_free(place: Place) -> None:
+            if not present:
+                return
             try:
                 plan.check_free(request.name, place, self._store.remembered(), self.config.overlays)
             except OverlaydError:
                 # Somebody else may have removed it since.
-                plan.check_free(request.name, place, self._observed(), self.config.overlays)
+                plan.check_free(request.name, place, self._settled(), self.config.overlays)
 
         return examine(
             request,
@@ -235,8 +239,7 @@ class Manager(Observer):
         # By path: what arrived by propagation is a copy of the mount that was built.
         mount_id = mountinfo.top_mount_id(record.mount_point)
         if tree is not None:
-            parts = [LAYER, upper_name(tree.upper)] if tree.upper else [LAYER]
-            places = [storage_path(record.uuid, part) for part in parts]
+            places = [storage_path(record.uuid, part) for part in (LAYER, upper_name(tree.upper))]
             made = [own_mount(place, "tmpfs", overlayfs.STORAGE_SOURCE) for place in places]
             tag = f"{TAG_PREFIX}{record.uuid}"
             made.append(

@@ -97,8 +97,8 @@ class Layer:
 class Tree:
     """One overlay mount as the kernel knows it.
 
-    ``st_dev`` and ``fsid`` identify its superblock; ``upper`` is the number of its upper storage,
-    0 when it has none; ``version`` what it shows beneath the upper.
+    ``st_dev`` and ``fsid`` identify its superblock; ``upper`` is the number of its topmost storage;
+    ``version`` what it shows beneath that.
     """
 
     version: int

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from overlayd.targets import OpenPlace, OpenSource
 
 TREE: Final = "tree"
-EMPTY: Final = "empty"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +91,6 @@ class FillLayer(Step):
             raise AssertionError
         top = os.open(storage_path(run.record.uuid, LAYER), OPEN_DIRECTORY)
         try:
-            if run.record.options.read_only:
-                os.close(layers.make_directory(top, EMPTY, run.place.base_fd))
             os.mkdir(TREE, 0o700, dir_fd=top)
             tree = os.open(TREE, OPEN_DIRECTORY, dir_fd=top)
             try:
@@ -138,20 +135,25 @@ class FillLayer(Step):
 
 @dataclass(frozen=True, slots=True)
 class PrepareUpper(Step):
-    """Make the upper and work directories; the upper's root looks like the base's."""
+    """Make the upper and work directories; the upper's root looks like the base's.
+
+    A read-only overlay has an empty directory in its place: two lowers are the fewest the kernel
+    takes, and a storage of its own tells one tree of the overlay from the next by f_fsid.
+    """
 
     number: int
 
     def describe(self) -> str:
         """Say what the step does."""
-        return "prepare the writable upper, its root as the base's"
+        return "prepare the topmost directory, its root as the base's"
 
     def apply(self, run: Run) -> None:
         """Make them."""
         top = os.open(storage_path(run.record.uuid, upper_name(self.number)), OPEN_DIRECTORY)
         try:
             os.close(layers.make_directory(top, "upper", base_of(run)))
-            os.mkdir("work", 0o700, dir_fd=top)
+            if not run.record.options.read_only:
+                os.mkdir("work", 0o700, dir_fd=top)
         finally:
             os.close(top)
 
@@ -250,8 +252,7 @@ class BuildOverlay(Step):
     def describe(self) -> str:
         """Say what the step does."""
         what = "the base alone" if self.tree.version == 0 else f"version {self.tree.version}"
-        how = "writable" if self.tree.upper else "read-only"
-        return f"build a {how} overlay that shows {what}, detached, and check it"
+        return f"build an overlay that shows {what}, detached, and check it"
 
     def apply(self, run: Run) -> None:
         """Build, check, and note which superblock it is."""
@@ -264,15 +265,17 @@ class BuildOverlay(Step):
                 stack.callback(os.close, fd)
                 return fd
 
-            lowers = [base]
+            top = storage_path(record.uuid, upper_name(self.tree.upper))
+            upper = opened(f"{top}/upper")
+            lowers, layer = [base], -1
             if self.tree.version:
-                lowers.insert(0, opened(f"{storage_path(record.uuid, LAYER)}/{TREE}"))
-            elif not self.tree.upper:
-                lowers.insert(0, opened(f"{storage_path(record.uuid, LAYER)}/{EMPTY}"))
+                layer = opened(f"{storage_path(record.uuid, LAYER)}/{TREE}")
+                lowers.insert(0, layer)
             upper_work = None
-            if self.tree.upper:
-                top = storage_path(record.uuid, upper_name(self.tree.upper))
-                upper_work = opened(f"{top}/upper"), opened(f"{top}/work")
+            if record.options.read_only:
+                lowers.insert(0, upper)
+            else:
+                upper_work = upper, opened(f"{top}/work")
             attributes = sys.MOUNT_ATTR_NODEV | _inherited(base)
             if record.options.read_only:
                 attributes |= sys.MOUNT_ATTR_RDONLY
@@ -280,7 +283,7 @@ class BuildOverlay(Step):
                 run.overlay_fd = overlayfs.make_overlay(record.uuid, lowers, upper_work, attributes)
             except OSError as error:
                 raise _build_error(error, base) from None
-            _check_overlay(run.overlay_fd, base, lowers[0] if len(lowers) > 1 else -1)
+            _check_overlay(run.overlay_fd, base, layer)
         run.built = Tree(
             version=self.tree.version,
             upper=self.tree.upper,

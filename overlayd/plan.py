@@ -157,7 +157,7 @@ def new_record(
         inodes=0 if read_only else config.upper_inodes,
         layers=(Layer(1, request.source, measure.entries, measure.size),),
         tree=None,
-        pending=Tree(version=1, upper=0 if read_only else 1),
+        pending=Tree(version=1, upper=1),
         deployment=identity.deployment,
     )
 
@@ -182,7 +182,7 @@ def plan_apply(
             layer.size,
         ),
     ]
-    tree = record.pending or Tree(version=1, upper=0)
+    tree = record.pending or Tree(version=1, upper=1)
     steps += _upper(record, tree)
     steps.append(ops.BuildOverlay(tree))
     if place.entry:
@@ -192,10 +192,10 @@ def plan_apply(
 
 
 def _upper(record: Record, tree: Tree) -> list[Operation]:
-    if not tree.upper:
-        return []
+    # Of a read-only overlay the topmost directory stays empty.
+    size, inodes = (4096, 8) if record.options.read_only else (record.size, record.inodes)
     return [
-        ops.MountStorage(upper_name(tree.upper), record.size, record.inodes),
+        ops.MountStorage(upper_name(tree.upper), size, inodes),
         ops.PrepareUpper(tree.upper),
     ]
 
@@ -212,8 +212,7 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
         known = ", ".join(str(layer.version) for layer in record.layers)
         raise NotFoundError(message, hint=f"it has 0 (the base) and {known}")
     present = _in_place(overlay, inside)
-    number = present.upper + 1 if present.upper else 0
-    tree = Tree(version=version, upper=number)
+    tree = Tree(version=version, upper=present.upper + 1)
     steps: list[Operation] = [
         ops.Announce(tree),
         ops.OpenBase(record.mount_point, record.entry),
@@ -224,10 +223,8 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
     if record.entry:
         steps.append(ops.ShowEntry(record.entry))
     steps += [ops.PutBeneath(record.mount_point), ops.DetachOld(record.mount_point)]
-    if present.upper:
-        # Before the record is written: until then the next command knows of it.
-        steps.append(ops.DropStorage(upper_name(present.upper)))
-    return (*steps, ops.Commit())
+    # The old storage before the record: until that is written the next command knows of it.
+    return (*steps, ops.DropStorage(upper_name(present.upper)), ops.Commit())
 
 
 def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tuple[Operation, ...]:

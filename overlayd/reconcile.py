@@ -15,7 +15,7 @@ from overlayd import mountinfo, state
 from overlayd import syscalls as sys
 from overlayd.errors import from_oserror
 from overlayd.model import UUID, Phase, Record
-from overlayd.store import LAYER, storage_path, upper_name
+from overlayd.store import storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,8 +93,7 @@ def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     if record.phase is Phase.PREPARING:
         _forget(store, record)
         return [f"{record.name}: dropped, it had not been attached"]
-    if record.pending.upper:
-        store.drop_storage(record.uuid, upper_name(record.pending.upper))
+    store.drop_storage(record.uuid, upper_name(record.pending.upper))
     store.write(record.with_(pending=None))
     return [f"{record.name}: its reset had not begun; it stays as it was"]
 
@@ -106,10 +105,9 @@ def _finish(
     if old_stands:
         # Both are attached: the new one beneath, the old one on top.
         sys.umount2(record.mount_point, sys.MNT_DETACH)
-    if record.tree is not None and record.tree.upper:
+    if record.tree is not None:
         store.drop_storage(record.uuid, upper_name(record.tree.upper))
-    top = upper_name(pending.upper) if pending.upper else LAYER
-    fsid = sys.statfs(storage_path(record.uuid, top)).fsid
+    fsid = sys.statfs(storage_path(record.uuid, upper_name(pending.upper))).fsid
     tree = replace(pending, st_dev=st_dev, fsid=fsid)
     store.write(record.with_(phase=Phase.ACTIVE, tree=tree, pending=None))
     return [f"{record.name}: finished what was cut short"]

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from overlayd import holders
+from overlayd import holders, mountinfo
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError
 from overlayd.executor import Step
@@ -53,7 +53,9 @@ class CheckUnused(Step):
 
         :raises BusyError: if one uses the overlay, naming it.
         """
-        run.copied = holders.foreign_copies(run.record.uuid)
+        uuid = run.record.uuid
+        here = mountinfo.read().tagged.get(uuid, [])
+        run.copied = len(here) > 1 or holders.mounts_elsewhere(uuid)
         if run.copied:
             check_unused(run.record)
 
@@ -98,7 +100,7 @@ def check_unused(record: Record) -> None:
     """
     if record.tree is None:
         return
-    users = holders.find({record.tree.fsid})
+    users = holders.find(record.tree.fsid, record.mount_point)
     if users:
         named = ", ".join(
             f"{user.pid} ({shown(user.command)}) at {shown(user.path)}" for user in users[:5]
@@ -130,10 +132,14 @@ class Retire(Step):
 
 
 def in_use(record: Record) -> bool:
-    """Whether a process or another mount namespace holds the overlay."""
+    """Whether a process or a mount, here or in another namespace, holds the overlay."""
     if record.tree is None:
         return False
-    return bool(holders.find({record.tree.fsid})) or holders.foreign_copies(record.uuid)
+    return (
+        record.uuid in mountinfo.read().tagged
+        or bool(holders.find(record.tree.fsid, record.mount_point))
+        or holders.mounts_elsewhere(record.uuid)
+    )
 
 
 def drained(records: Sequence[Record]) -> list[Record]:

@@ -71,7 +71,7 @@ def with_storage(overlay: Overlay) -> Overlay:
     """Add the figures of the writable storage, zeros where there is none."""
     tree = overlay.record.tree
     storage: Storage | None = Storage(0, 0, 0, 0)
-    if tree is not None and tree.upper:
+    if tree is not None and not overlay.record.options.read_only:
         try:
             facts = sys.statfs(storage_path(overlay.record.uuid, upper_name(tree.upper)))
         except OSError:

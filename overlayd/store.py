@@ -390,6 +390,8 @@ class Store:
         return record
 
     def _quarantine(self, name: str, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            os.mkdir(QUARANTINE, 0o700)
         for number in range(1000):
             target = f"{QUARANTINE}/{name}.{number}"
             if os.path.lexists(target):
@@ -416,11 +418,13 @@ class Store:
             )
             try:
                 inode = os.fstat(fd).st_ino
-                os.write(fd, records.encode(record))
+                _write_whole(fd, records.encode(record))
             finally:
                 os.close(fd)
             os.rename(fresh, f"{RECORDS}/{record.uuid}.json")
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
             raise from_oserror(error, f"writing the record of {record.name}") from None
         self._inodes[f"{record.uuid}.json"] = inode
         self._remember(f"{record.uuid}.json", record)
@@ -496,6 +500,19 @@ def _unmount_all(path: str) -> None:
 def _write(dir_fd: int, name: str, data: bytes) -> None:
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
     try:
-        os.write(fd, data)
+        _write_whole(fd, data)
     finally:
         os.close(fd)
+
+
+def _write_whole(fd: int, data: bytes) -> None:
+    if os.write(fd, data) != len(data):  # tmpfs takes what fits
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def quarantined() -> list[str]:
+    """Return the names of the records in quarantine."""
+    try:
+        return sorted(os.listdir(QUARANTINE))
+    except FileNotFoundError:
+        return []

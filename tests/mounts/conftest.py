@@ -208,9 +208,8 @@ class World:
         assert {name.removesuffix(".json") for name in os.listdir(RUN / "records")} == uuids
         expected = set()
         for overlay in overlays:
-            parts = {"layer"}
-            if overlay.record.tree is not None and overlay.record.tree.upper:
-                parts.add(f"upper.{overlay.record.tree.upper}")
+            assert overlay.record.tree is not None
+            parts = {"layer", f"upper.{overlay.record.tree.upper}"}
             expected |= {f"{RUN}/storage/{overlay.record.uuid}/{part}" for part in parts}
         stored = {m.mount_point for m in table.within(str(RUN / "storage"))}
         assert stored == expected

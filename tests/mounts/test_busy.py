@@ -50,8 +50,10 @@ HOLDERS = {
     "deleted open file": ("f = open(sys.argv[1])\nos.unlink(sys.argv[1])", BASE / "a", BASE / "a"),
     "mapped file": (
         (
-            "import mmap\nf = open(sys.argv[1])\n"
-            "m = mmap.mmap(f.fileno(), 4, mmap.MAP_PRIVATE, mmap.PROT_READ)\nf.close()"
+            "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\n"
+            "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+            "assert libc.mmap(None, 4096, 1, 2, fd, ctypes.c_long(0)) != 2**64 - 1\n"
+            "os.close(fd)  # Python's own mmap would keep a copy of it"
         ),
         BASE / "a",
         BASE / "a",

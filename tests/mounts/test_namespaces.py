@@ -278,6 +278,21 @@ def test_namespaces_of_services_follow_and_hold_nothing_afterwards(
     assert world.leftovers() == []
 
 
+def test_storage_leaves_the_namespaces_of_services_even_where_run_is_private(
+    either_world: World,
+) -> None:
+    world = either_world
+    base = world.base("app", FILES)
+    world.apply("fix", world.source("s", NEW), base)
+    with child("", before=SLAVE) as service:
+        assert len(mountinfo.read(str(service.pid)).within(f"{RUN}/storage")) == 2
+        world.manager().remove("fix")
+        assert mountinfo.read(str(service.pid)).within(f"{RUN}/storage") == []
+        service.let_go()
+    assert world.manager().list(draining=True) == []
+    assert world.leftovers() == []
+
+
 def test_stage_is_never_seen_in_a_namespace_that_receives_mounts(world: World) -> None:
     base = world.base("app", FILES)
     world.apply("fix", world.source("s", NEW) / "a", base / "a")
