@@ -20,7 +20,7 @@ from overlayd.errors import RefusedError
 from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
 
 
-class _Size(click.ParamType[int]):
+class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in Debian's click
     name = "size"
 
     def convert(

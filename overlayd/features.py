@@ -44,13 +44,15 @@ def probe() -> Features:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        # Whatever happens, the child must not go on as a second caller.
         try:
-            os.close(reading)
-            answer = json.dumps(_probe_here()).encode()
-        except OSError as error:
-            answer = json.dumps({"results": {"namespace": str(error)}, "depth": 0}).encode()
-        os.write(writing, answer)
-        os._exit(0)
+            try:
+                answer = _probe_here()
+            except BaseException as error:  # noqa: BLE001
+                answer = {"results": {"namespace": repr(error)}, "depth": 0}
+            os.write(writing, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
     os.close(writing)
     with open(reading, "rb") as file:
         data = file.read()

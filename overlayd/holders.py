@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import mountinfo
 from overlayd import syscalls as sys
-from overlayd.model import is_within
+from overlayd.model import TAG_PREFIX, is_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,13 +106,14 @@ def mounts_elsewhere(uuid: str) -> bool:
 
     A plain unmount asks the kernel only about this namespace and those that receive from it.
     """
+    tag = f" {TAG_PREFIX}{uuid} ".encode()
     seen = {mountinfo.namespace()}
     for pid in set(_processes()) - _kernel_threads():
         try:
             space = mountinfo.namespace(pid)
             if space not in seen:
                 seen.add(space)
-                if uuid in mountinfo.read(pid).tagged:
+                if tag in mountinfo.read(pid).raw:
                     return True
         except OSError:
             continue

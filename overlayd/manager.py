@@ -18,19 +18,20 @@ from overlayd.errors import OverlaydError
 from overlayd.examine import examine
 from overlayd.executor import Executor, Run
 from overlayd.model import TAG_PREFIX, Overlay, State, check_name
-from overlayd.mountinfo import Mount, own_mount
+from overlayd.mountinfo import own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress
 from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from overlayd.cleanup import Action
     from overlayd.config import Config
     from overlayd.examine import Examined
     from overlayd.executor import Operation
     from overlayd.model import Request
+    from overlayd.mountinfo import Table
     from overlayd.overlayfs import Exchange
     from overlayd.targets import Place
 
@@ -180,8 +181,8 @@ class Manager(Observer):
         :raises OverlaydError: and then it shows what it showed before.
         """
 
-        def steps(overlay: Overlay, inside: Sequence[Mount]) -> tuple[Operation, ...]:
-            return plan.plan_reset(overlay, version, inside)
+        def steps(overlay: Overlay, table: Table) -> tuple[Operation, ...]:
+            return plan.plan_reset(overlay, version, table.within(overlay.record.mount_point))
 
         run = self._change(name, steps, progress)
         try:
@@ -197,8 +198,11 @@ class Manager(Observer):
         :raises BusyError: if it is in use and not *lazy*, saying by whom.
         """
 
-        def steps(overlay: Overlay, inside: Sequence[Mount]) -> tuple[Operation, ...]:
-            return plan.plan_remove(overlay, inside, lazy=lazy)
+        def steps(overlay: Overlay, table: Table) -> tuple[Operation, ...]:
+            record = overlay.record
+            copied = len(table.tagged.get(record.uuid, [])) > 1
+            inside = table.within(record.mount_point)
+            return plan.plan_remove(overlay, inside, lazy=lazy, copied=copied)
 
         run = self._change(name, steps, progress)
         try:
@@ -212,7 +216,7 @@ class Manager(Observer):
     def _change(
         self,
         name: str,
-        steps: Callable[[Overlay, Sequence[Mount]], tuple[Operation, ...]],
+        steps: Callable[[Overlay, Table], tuple[Operation, ...]],
         progress: Progress | None,
     ) -> Run:
         """Run planned *steps* on a live overlay under its lock; the caller closes the run."""
@@ -226,8 +230,7 @@ class Manager(Observer):
             run.record = record
             table = self._mounts.table()
             overlay = state.observe(record, table)
-            planned = steps(overlay, table.within(record.mount_point))
-            Executor(run, planned, self._trace).advance()
+            Executor(run, steps(overlay, table), self._trace).advance()
         except BaseException:
             run.close()
             raise

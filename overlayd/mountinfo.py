@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
@@ -100,7 +100,7 @@ class Table:
 
     def __iter__(self) -> Iterator[Mount]:
         """Parse every line; for the rare questions that need all of them."""
-        return (parse_line(line) for line in self._lines())
+        return (parse_line(line) for _, line in self._points)
 
     @cached_property
     def tagged(self) -> dict[str, list[Mount]]:
@@ -135,33 +135,38 @@ class Table:
 
         Those at *path* itself come first.
         """
-        point = _mangle(path.rstrip("/"))
         points = self._points
-        # "0" follows "/" in ASCII, so the second range is all that begins with the path and "/".
-        ranges = ((point, point + b"\0"), (point + b"/", point + b"0"))
-        return [
-            parse_line(line)
-            for low, high in ranges
-            for _, line in points[bisect_left(points, (low,)) : bisect_left(points, (high,))]
-        ]
+        return [parse_line(line) for part in _stretches(points, path) for _, line in points[part]]
 
     def changed(self, added: Sequence[Mount], removed: Sequence[str]) -> Table:
         """Return the table without what is at or inside *removed*, and then with *added*."""
-        gone = {mount.mount_point for path in removed for mount in self.within(path)}
-        mangled = {_mangle(path) for path in gone}
-        points = [item for item in self._points if item[0] not in mangled] if gone else self._points
-        fresh = sorted([*points, *((_mangle(mount.mount_point), _line(mount)) for mount in added)])
-        tagged = dict(self.tagged)
-        for uuid in [u for u, ms in tagged.items() if any(m.mount_point in gone for m in ms)]:
-            left = [mount for mount in tagged.pop(uuid) if mount.mount_point not in gone]
-            if left:
-                tagged[uuid] = left
+        points, tagged = self._points.copy(), self.tagged.copy()
+        for path in removed:
+            for mount in self.within(path):
+                if mount.tag in tagged:
+                    rest = [m for m in tagged[mount.tag] if m.mount_point != mount.mount_point]
+                    tagged[mount.tag] = rest
+            for part in reversed(_stretches(points, path)):
+                del points[part]
         for mount in added:
+            insort(points, (_mangle(mount.mount_point), _line(mount)))
             if mount.tag is not None:
                 tagged[mount.tag] = [*tagged.get(mount.tag, []), mount]
-        table = Table(b"\n".join(line for _, line in fresh))
-        table.__dict__.update(_points=fresh, tagged=tagged)
+        table = Table(b"")
+        table.__dict__.update(
+            _points=points, tagged={tag: mounts for tag, mounts in tagged.items() if mounts}
+        )
         return table
+
+
+def _stretches(points: list[tuple[bytes, bytes]], path: str) -> list[slice]:
+    """Return where in the sorted *points* is *path* itself, and what is inside it."""
+    point = _mangle(path.rstrip("/"))
+    # "0" follows "/" in ASCII, so the second range is all that begins with the path and "/".
+    ranges = ((point, point + b"\0"), (point + b"/", point + b"0"))
+    return [
+        slice(bisect_left(points, (low,)), bisect_left(points, (high,))) for low, high in ranges
+    ]
 
 
 def _line(mount: Mount) -> bytes:

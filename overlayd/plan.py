@@ -110,7 +110,7 @@ def check_mounts(place: Place, within: Sequence[Mount]) -> None:
     for mount in within:
         if mount.tag is not None:
             message = f"another overlay lies on {shown(mount.mount_point)}"
-            raise ExistsError(message, hint="overlays do not nest; remove that one first")
+            raise ExistsError(message, hint="remove it; 'overlayd cleanup', if it has no name")
     names = ", ".join(
         f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
         for mount in within[:_MAX_NAMES]
@@ -227,8 +227,10 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
     return (*steps, ops.DropStorage(upper_name(present.upper)), ops.Commit())
 
 
-def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tuple[Operation, ...]:
-    """Return what takes the overlay away.
+def plan_remove(
+    overlay: Overlay, inside: Sequence[Mount], *, lazy: bool, copied: bool = False
+) -> tuple[Operation, ...]:
+    """Return what takes the overlay away; *copied* if this namespace has a second mount of it.
 
     :raises OverlaydError: if it is covered, or holds mounts of others.
     """
@@ -236,7 +238,7 @@ def plan_remove(overlay: Overlay, inside: Sequence[Mount], *, lazy: bool) -> tup
     if overlay.state is not State.LOST:
         _in_place(overlay, inside)
         if not lazy:
-            steps.append(removal.CheckUnused())
+            steps.append(removal.CheckUnused(copied))
         steps.append(removal.Detach(overlay.record.mount_point, lazy))
     # The storage first: as long as there is a record, the next command knows of it.
     return (*steps, ops.DropStorage(), removal.Retire(lazy))

@@ -42,7 +42,12 @@ class MarkRemoving(Step):
 
 @dataclass(frozen=True, slots=True)
 class CheckUnused(Step):
-    """Ask other mount namespaces, which a plain unmount does not ask."""
+    """Ask other mount namespaces, which a plain unmount does not ask.
+
+    ``copied`` says that this namespace has a second mount of the overlay.
+    """
+
+    copied: bool
 
     def describe(self) -> str:
         """Say what the step does."""
@@ -53,9 +58,7 @@ class CheckUnused(Step):
 
         :raises BusyError: if one uses the overlay, naming it.
         """
-        uuid = run.record.uuid
-        here = mountinfo.read().tagged.get(uuid, [])
-        run.copied = len(here) > 1 or holders.mounts_elsewhere(uuid)
+        run.copied = self.copied or holders.mounts_elsewhere(run.record.uuid)
         if run.copied:
             check_unused(run.record)
 

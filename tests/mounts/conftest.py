@@ -37,6 +37,7 @@ SOURCES = Path("/run/sources")
 EMPTY_CONFIG = Path("/run/empty.toml")
 COMMAND = (sys.executable, "-m", "overlayd")
 ROOT = Path(__file__).parents[2]
+CLONE_FS = 0x200
 _machine: list[int] = []
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,6 +61,7 @@ def enter_new_world(*, shared: bool = True) -> None:
 
     Made from the machine's own each time: the mounts of an earlier world would lie beneath.
     """
+    sc.unshare(CLONE_FS)  # threads that are still ending share it, and setns refuses then
     if _machine:
         if _libc.setns(_machine[0], sc.CLONE_NEWNS) < 0:
             raise OSError(ctypes.get_errno(), "setns")
