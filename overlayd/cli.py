@@ -26,8 +26,7 @@ class _Commands(click.Group):
         """Run the command and see to it that what it printed arrives."""
         try:
             result: object = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except BrokenPipeError:
             # Whoever read the output has seen enough; what was asked for is done.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -90,15 +89,18 @@ def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None
 def main() -> None:
     """Run a command and exit with its documented code."""
     as_json = "--json" in sys.argv
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     for fd in range(3):
         # A closed standard stream would give its number to the next file that is opened.
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    # And printing to one must not fail.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         app.main(standalone_mode=False, prog_name="overlayd")
     except OverlaydError as error:

@@ -100,7 +100,8 @@ class Table:
 
     def __iter__(self) -> Iterator[Mount]:
         """Parse every line; for the rare questions that need all of them."""
-        return (parse_line(line) for _, line in self._points)
+        lines = self._lines() if self.raw else [line for _, line in self._points]
+        return map(parse_line, lines)
 
     @cached_property
     def tagged(self) -> dict[str, list[Mount]]:

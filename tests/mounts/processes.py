@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NOBODY = """
 import encodings.ascii, encodings.latin_1, os, sys
-from overlayd import batch, cli, config, doctor
+from overlayd import batch, cli, cli_change, cli_look, config, doctor, manager, reconcile
 config.load()  # whatever is imported late is imported by now: the interpreter may be root's alone
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
