@@ -212,7 +212,10 @@ class Watcher:
             return
         try:
             ids = syscalls.listmount()
-            now = {_unique_id(mount.mount_point) for mount in made}
+            now = {
+                syscalls.statx(syscalls.AT_FDCWD, mount.mount_point, unique=True).mnt_id
+                for mount in made
+            }
         except OSError:
             self._table = None
             return
@@ -222,14 +225,6 @@ class Watcher:
             self._ids = ids
         else:
             self._table = None
-
-
-def _unique_id(place: str) -> int:
-    fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return syscalls.statx(fd, unique=True).mnt_id
-    finally:
-        os.close(fd)
 
 
 def own_mount(place: str, fstype: str, source: str, *, st_dev: int = 0, mount_id: int = 0) -> Mount:
@@ -259,8 +254,4 @@ def namespace(process: str = "self") -> str:
 
 def top_mount_id(path: str) -> int:
     """Return the mount id of what a user sees at *path*."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return syscalls.statx(fd).mnt_id
-    finally:
-        os.close(fd)
+    return syscalls.statx(syscalls.AT_FDCWD, path).mnt_id

@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The records, their locks, and the small world below ``/run/overlayd`` that they live in.
-
-::
-
-    /run/overlayd              a small tmpfs, shared, made once per boot
-      world.json               boot id and mount namespace it belongs to
-      lock                     held for the moment in which names and places are given out
-      records/UUID.json        one per overlay, always written whole and renamed into place
-      storage/UUID/            locked (flock) while an operation on the overlay runs
-        layer  upper.N         mount points of the overlay's own tmpfs mounts
-      stage/                   a private mount, for mounts that nobody else shall see
-      quarantine/              records that could not be believed
+"""The records, their locks, and the storage of overlays; where they lie: :mod:`overlayd.world`.
 
 Since every write makes a new file, one reading of the directory (name and inode number) tells
 which records changed: a process that stays keeps the others in memory.
@@ -21,30 +10,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd import mountinfo, overlayfs, records
+from overlayd import overlayfs, records
 from overlayd import syscalls as sys
 from overlayd.errors import (
     BusyError,
-    KernelError,
-    NoPermissionError,
     NotFoundError,
     OverlaydError,
-    RefusedError,
     from_oserror,
 )
 from overlayd.model import RUN, UUID, Phase, Record, shown
+from overlayd.world import World, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_SIZE: Final = 32 << 20
-_INODES: Final = 65536
 _MAX_RECORD: Final = 256 << 10
 _PATIENCE: Final = 10.0
 """Seconds that a short operation waits for another on the same overlay."""
@@ -55,14 +39,7 @@ STAGE: Final = f"{RUN}/stage"
 LAYER: Final = "layer"
 """The part of an overlay's storage that its layer is in."""
 QUARANTINE: Final = f"{RUN}/quarantine"
-_WORLD: Final = f"{RUN}/world.json"
 _LOCK: Final = f"{RUN}/lock"
-
-
-def boot_id() -> str:
-    """Return the kernel's id of this boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
 
 
 def storage_path(uuid: str, which: str = "") -> str:
@@ -89,8 +66,8 @@ class Lock:
             self._fd = -1
 
 
-class Store:
-    """Access to the world below ``/run/overlayd``; ``boot_id`` is the kernel's.
+class Store(World):
+    """Access to what lies below ``/run/overlayd``.
 
     Nothing is made before something has to be written.  Not for use by two threads at once,
     except for what takes no cache: :meth:`write`, :meth:`drop` and the locks.
@@ -98,115 +75,11 @@ class Store:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         """Report what is odd but no reason to fail to *warn*."""
+        super().__init__()
         self._warn = warn
-        self.boot_id = boot_id()
-        self._checked: tuple[object, ...] = ()
         self._inodes: dict[str, int] = {}
         self._known: dict[str, Record | None] = {}
         self._believed: list[Record] = []
-
-    def exists(self) -> bool:
-        """Whether there is a world, and it is this mount namespace's.
-
-        :raises KernelError: if it belongs to another mount namespace; the hint is the way in.
-        :raises RefusedError: if something else is mounted there.
-        :raises NoPermissionError: for callers who may not look.
-        """
-        try:
-            fd = os.open(RUN, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._check_namespace_of_run()
-            return False
-        except OSError as error:
-            raise from_oserror(error, f"opening {RUN}") from None
-        try:
-            if not sys.statx(fd).mount_root:
-                self._check_namespace_of_run()
-                return False
-        finally:
-            os.close(fd)
-        self._check_world()
-        return True
-
-    def _check_world(self) -> None:
-        try:
-            facts = os.stat(_WORLD)
-            world_is = (facts.st_dev, facts.st_ino, facts.st_ctime_ns, mountinfo.namespace())
-            if world_is == self._checked:
-                return
-            with open(_WORLD, encoding="ascii") as file:
-                world = json.load(file)
-            owner, boot = world["namespace"], world["boot_id"]
-        except PermissionError:
-            message = "overlayd needs root"
-            raise NoPermissionError(message, hint="run it with sudo") from None
-        except (OSError, ValueError, KeyError, TypeError):
-            message = f"{RUN} is a mount, but not overlayd's"
-            raise RefusedError(message, hint=f"see 'findmnt {RUN}'") from None
-        if boot != self.boot_id:
-            message = f"{RUN} is left from another boot"
-            raise RefusedError(message, hint=f"umount -R {RUN}") from None
-        if owner != world_is[-1]:
-            self._refuse_namespace(owner)
-        self._checked = world_is
-
-    @staticmethod
-    def _check_namespace_of_run() -> None:
-        """Refuse to begin in a namespace that shares /run with process 1 but not its mounts."""
-        try:
-            same_run = os.path.samestat(os.stat("/run"), os.stat("/proc/1/root/run"))
-            owner = mountinfo.namespace("1")
-        except OSError:
-            return  # no view of process 1: nothing to compare with
-        if same_run and owner != mountinfo.namespace():
-            Store._refuse_namespace(owner)
-
-    @staticmethod
-    def _refuse_namespace(owner: str) -> None:
-        message = "this is another mount namespace than the one overlayd's mounts belong to"
-        way = None
-        for pid in ["1", *filter(str.isdigit, os.listdir("/proc"))]:
-            with contextlib.suppress(OSError):
-                if mountinfo.namespace(pid) == owner:
-                    way = f"nsenter --target {pid} --mount overlayd …"
-                    break
-        raise KernelError(message, hint=way or "the namespace it belongs to is gone")
-
-    def ensure(self) -> None:
-        """Make the world if there is none.
-
-        :raises OverlaydError: if it cannot be made.
-        """
-        if self.exists():
-            return
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(RUN, 0o700)
-            # The directory beneath the mount is the lock of the two first commands of a boot.
-            fd = os.open(RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                if not self.exists():
-                    self._make(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise from_oserror(error, f"making {RUN}") from None
-
-    def _make(self, run_fd: int) -> None:
-        """Fill a detached tmpfs and attach it: there is no half-made world."""
-        mount_fd = overlayfs.make_tmpfs(_SIZE, _INODES)
-        try:
-            world = {"schema": 1, "boot_id": self.boot_id, "namespace": mountinfo.namespace()}
-            _write(mount_fd, "world.json", json.dumps(world).encode())
-            _write(mount_fd, "lock", b"")
-            for name in ("records", "storage", "stage", "quarantine"):
-                os.mkdir(name, 0o700, dir_fd=mount_fd)
-            # Shared, so that a namespace which starts later lets go of the storage with us.
-            sys.mount_setattr_propagation(mount_fd, sys.MS_SHARED)
-            sys.move_mount(mount_fd, run_fd)
-        finally:
-            os.close(mount_fd)
 
     def stage(self, uuid: str) -> str:
         """Return an empty directory of this overlay's on a mount that is private.
@@ -418,7 +291,7 @@ class Store:
             )
             try:
                 inode = os.fstat(fd).st_ino
-                _write_whole(fd, records.encode(record))
+                write_whole(fd, records.encode(record))
             finally:
                 os.close(fd)
             os.rename(fresh, f"{RECORDS}/{record.uuid}.json")
@@ -465,11 +338,7 @@ def not_found(name: str) -> NotFoundError:
 
 
 def _is_mount(path: str) -> bool:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return sys.statx(fd).mount_root
-    finally:
-        os.close(fd)
+    return sys.statx(sys.AT_FDCWD, path).mount_root
 
 
 def _attach_tmpfs(path: str, size: int = 1 << 20, inodes: int = 4096) -> None:
@@ -495,19 +364,6 @@ def _unmount_all(path: str) -> None:
             raise
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(path)
-
-
-def _write(dir_fd: int, name: str, data: bytes) -> None:
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
-    try:
-        _write_whole(fd, data)
-    finally:
-        os.close(fd)
-
-
-def _write_whole(fd: int, data: bytes) -> None:
-    if os.write(fd, data) != len(data):  # tmpfs takes what fits
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def quarantined() -> list[str]:

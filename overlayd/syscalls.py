@@ -9,6 +9,7 @@ headers.  Numbers above 423 are the same on every architecture.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -294,8 +295,10 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
-def statx(fd: int, *, unique: bool = False) -> StatxResult:
-    """Return mount id and mount-root flag of *fd*; with *unique* the id that is never reused.
+def statx(fd: int, path: str = "", *, unique: bool = False) -> StatxResult:
+    """Return mount id and mount-root flag of *fd*, or of *path* beneath it; follows no link.
+
+    With *unique* the id is one that is never reused.
 
     :raises OSError: ENOSYS as well where the kernel does not know unique ids (before 6.8).
     """
@@ -304,7 +307,7 @@ def statx(fd: int, *, unique: bool = False) -> StatxResult:
     if (
         _libc.statx(
             ctypes.c_int(fd),
-            b"",
+            os.fsencode(path),
             ctypes.c_int(AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT),
             ctypes.c_uint(want | STATX_TYPE),
             ctypes.byref(buffer),
@@ -313,7 +316,7 @@ def statx(fd: int, *, unique: bool = False) -> StatxResult:
     ):
         raise _fail("statx")
     if not buffer.mask & want:
-        raise OSError(38, os.strerror(38), "statx")
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "statx")
     return StatxResult(buffer.mnt_id, bool(buffer.attributes & STATX_ATTR_MOUNT_ROOT))
 
 

@@ -43,7 +43,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def mount(source: str, target: Path | str, fstype: str, options: str = "", flags: int = 0) -> None:
-    """Call mount(2)."""
+    """Mount by the old call, as other programs do."""
     result = _libc.mount(
         source.encode(), os.fsencode(target), fstype.encode(), flags, options.encode() or None
     )
@@ -221,7 +221,7 @@ class World:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """A world whose playground is shared, as under systemd."""
+    """Give a world whose playground is shared, as under systemd."""
     enter_new_world()
     yield World()
     os.chdir("/")
@@ -229,7 +229,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(params=["shared", "private"])
 def either_world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """A world with the playground shared, and another with it private."""
+    """Give a world with the playground shared, and another with it private."""
     enter_new_world(shared=request.param == "shared")
     yield World()
     os.chdir("/")

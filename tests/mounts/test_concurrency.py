@@ -9,6 +9,8 @@ import random
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
+
 from overlayd.errors import ExistsError, OverlaydError
 from overlayd.model import Request
 from overlayd.progress import Progress
@@ -109,12 +111,8 @@ def test_a_long_copy_delays_no_other_command(world: World) -> None:
     assert [o.record.name for o in world.manager().list()] == ["quick"]
     world.manager().reset("quick", 1)
     world.manager().remove("quick")
-    try:
+    with pytest.raises(ExistsError, match="another command is applying it"):
         world.apply("slow", source, PLAY / "quick")
-    except ExistsError as error:
-        assert "another command is applying it" in error.message
-    else:
-        raise AssertionError
     release.set()
     thread.join()
     assert errors == []

@@ -155,7 +155,7 @@ def test_failing_at_any_step_everything_is_undone_or_done(
         def trace(moment: str, operation: Operation) -> None:
             nonlocal seen
             if moment == when:
-                if seen == point:
+                if seen == point:  # noqa: B023  # called within this round
                     raise OSError(errno.ENOSPC, "injected", operation.describe())
                 seen += 1
 
@@ -187,7 +187,7 @@ def test_interrupted_at_any_step_of_apply_nothing_is_left(world: World) -> None:
 
         def trace(_moment: str, _operation: Operation) -> None:
             nonlocal seen
-            if seen == point:
+            if seen == point:  # noqa: B023
                 progress.stop()  # noqa: B023  # called within this round
             seen += 1
 

@@ -64,7 +64,7 @@ def watched(path: Path, work: Callable[[], None]) -> tuple[int, int, int]:
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("way", [*Exchange, "kernel without MOVE_MOUNT_BENEATH"])
 def test_reset_leaves_no_gap(
-    either_world: World, way: Exchange | str, read_only: bool, monkeypatch: pytest.MonkeyPatch
+    either_world: World, way: Exchange | str, monkeypatch: pytest.MonkeyPatch, *, read_only: bool
 ) -> None:
     world = either_world
     base = world.base("t", {"a": "base"})

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,6 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from overlayd.errors import ExistsError, NotFoundError
 from overlayd.overlayfs import Exchange
 from tests.mounts.conftest import PLAY, World, enter_new_world, tree
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAMES = st.sampled_from(["n1", "n2", "n3"])
 TARGETS = st.sampled_from(["t1", "t2", "t1/in", "t3"])
@@ -116,7 +118,7 @@ class Overlays(RuleBasedStateMachine):
         self.model[name] = (target, applied, dict(applied) if version else base_of(target))
 
     @rule(name=NAMES, lazy=st.booleans())
-    def remove(self, name: str, lazy: bool) -> None:
+    def remove(self, name: str, *, lazy: bool) -> None:
         if name not in self.model:
             try:
                 self.world.manager().remove(name, lazy=lazy)
@@ -133,9 +135,9 @@ class Overlays(RuleBasedStateMachine):
         for name, (target, _, shown) in self.model.items():
             assert overlays[name].state == "active"
             assert contents(PLAY / target) == shown
-        for name in BASE:
+        for name, files in BASE.items():
             if not self.taken(name):
-                assert contents(PLAY / name) == BASE[name]
+                assert contents(PLAY / name) == files
 
     def teardown(self) -> None:
         if os.path.exists("/run/overlayd/records"):

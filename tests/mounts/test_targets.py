@@ -170,7 +170,7 @@ def test_the_interpreter_that_runs_overlayd_is_critical(world: World) -> None:
     if not interpreter.startswith("/usr/bin/"):
         target = world.base("app", {"python": ""}) / "python"
         bind(Path(interpreter), target)
-        with pytest.raises(RefusedError, match="is a mount point|overlayd itself needs"):
+        with pytest.raises(RefusedError, match=r"is a mount point|overlayd itself needs"):
             world.apply("fix", world.source("p", {"x": "x"}) / "x", target)
         return
     with pytest.raises(RefusedError, match="overlayd itself needs"):
