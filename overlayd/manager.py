@@ -113,7 +113,10 @@ class Manager(Observer):
         try:
             with self._store.locked():
                 # Again and exactly, now that nobody else can take the name or the place.
-                plan.check_free(request.name, where, self._settle(), config.overlays)
+                try:
+                    plan.check_free(request.name, where, self._store.reserved(), config.overlays)
+                except OverlaydError:
+                    plan.check_free(request.name, where, self._settle(), config.overlays)
                 record = plan.new_record(request, where, seen.measure, self._identity(), config)
                 run = Run(
                     self._store, progress, record, self._way, source=seen.source, place=seen.place

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,7 +188,7 @@ class Watcher:
 
     def __init__(self) -> None:
         """Know nothing yet."""
-        self._ids: frozenset[int] = frozenset()
+        self._ids = b""
         self._table: Table | None = None
 
     def table(self) -> Table:
@@ -219,12 +220,20 @@ class Watcher:
         except OSError:
             self._table = None
             return
-        gone = sum(len(self._table.within(path)) for path in removed) - len(now & self._ids)
-        if ids - self._ids == now - self._ids and len(self._ids - ids) == gone:
+        gone = [mount for path in removed for mount in self._table.within(path)]
+        if _is_own_change(self._ids, ids, now, len(gone)):
             self._table = self._table.changed(made, removed)
             self._ids = ids
         else:
             self._table = None
+
+
+def _is_own_change(before: bytes, after: bytes, own: set[int], gone: int) -> bool:
+    """Whether between two lists of ids *own* came, or stayed, *gone* others went, and no more."""
+    if not gone and after == before + array("Q", sorted(own)).tobytes():
+        return True  # new ids are the greatest
+    old, new = frozenset(array("Q", before)), frozenset(array("Q", after))
+    return new - old == own - old and len(old - new) == gone - len(own & old)
 
 
 def own_mount(place: str, fstype: str, source: str, *, st_dev: int = 0, mount_id: int = 0) -> Mount:

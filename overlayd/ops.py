@@ -36,8 +36,7 @@ class Reserve(Step):
 
     def apply(self, run: Run) -> None:
         """Write the record, then make the locked storage directory."""
-        run.write(self.record)
-        run.lock = run.store.create(self.record.uuid)
+        run.lock = run.store.reserve(self.record)
 
     def undo(self, run: Run) -> None:
         """Remove both; the storage in it was removed before."""

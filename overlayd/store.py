@@ -77,6 +77,8 @@ class Store(World):
         """Report what is odd but no reason to fail to *warn*."""
         super().__init__()
         self._warn = warn
+        self._lock_fd = -1
+        self._given_out = b"none"
         self._inodes: dict[str, int] = {}
         self._known: dict[str, Record | None] = {}
         self._believed: list[Record] = []
@@ -124,20 +126,39 @@ class Store(World):
         fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
+            self._lock_fd = fd
             yield
         finally:
+            self._lock_fd = -1
             os.close(fd)
 
-    def create(self, uuid: str) -> Lock:
-        """Make the storage directory of a new overlay and lock it.
+    def reserved(self) -> list[Record]:
+        """Return records that hold every name and place in use; call under :meth:`locked`.
 
-        Call under :meth:`locked`, after the record is written: storage without a record is
-        looked for by ``cleanup`` alone.
+        Some may have been removed since: what stands in the way is to be looked at again.  The
+        lock's file counts how often a name was given out, so that as long as nobody else did,
+        nothing has to be read.
         """
-        os.mkdir(storage_path(uuid), 0o700)
-        lock = self.try_lock(uuid)
+        count = os.pread(self._lock_fd, 8, 0)
+        if count != self._given_out:
+            self.records()
+            self._given_out = count
+        return self._believed
+
+    def reserve(self, record: Record) -> Lock:
+        """Give the name and the place to *record*; call under :meth:`locked`."""
+        before = os.pread(self._lock_fd, 8, 0)
+        count = (int.from_bytes(before, "little") + 1).to_bytes(8, "little")
+        # Before the record is there: a crash in between is no harm.
+        os.pwrite(self._lock_fd, count, 0)
+        if before == self._given_out:
+            self._given_out = count
+        # Storage without a record would be looked for by ``cleanup`` alone.
+        self.write(record)
+        os.mkdir(storage_path(record.uuid), 0o700)
+        lock = self.try_lock(record.uuid)
         if lock is None:
-            message = f"{storage_path(uuid)} is taken"
+            message = f"{storage_path(record.uuid)} is taken"
             raise OverlaydError(message)
         return lock
 

@@ -347,12 +347,15 @@ def _statfs_result(buffer: _Statfs) -> StatfsResult:
     )
 
 
-def listmount() -> frozenset[int]:
-    """Return the unique ids of all mounts of this namespace beneath its root (Linux 6.8)."""
+def listmount() -> bytes:
+    """Return the unique ids of all mounts of this namespace beneath its root (Linux 6.8).
+
+    As the kernel gives them: unsigned 64-bit numbers, ascending.
+    """
     request = _MntIdReq(ctypes.sizeof(_MntIdReq), 0, LSMT_ROOT, 0)
     room = 4096
     buffer = (ctypes.c_uint64 * room)()
-    found: list[int] = []
+    found = b""
     while True:
         count = _call(
             "listmount",
@@ -362,7 +365,7 @@ def listmount() -> frozenset[int]:
             ctypes.c_size_t(room),
             ctypes.c_uint(0),
         )
-        found += buffer[:count]
+        found += memoryview(buffer).cast("B")[: count * 8]
         if count < room:
-            return frozenset(found)
-        request.param = found[-1]
+            return found
+        request.param = buffer[count - 1]
