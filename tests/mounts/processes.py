@@ -44,7 +44,10 @@ def as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command line as an ordinary user."""
     return subprocess.run(
         [sys.executable, "-c", _NOBODY, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={
+            **{key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")},
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
         capture_output=True,
         text=True,
         check=False,
