@@ -50,10 +50,12 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
                 action = replace(action, failed=from_oserror(error, "removing it").message)
         actions.append(action)
 
-    if not dry_run:
+    if dry_run:
+        done = reconcile.cut_short(store)
+    else:
         with store.locked():
             done = reconcile.settle(store, mountinfo.read())
-        actions += [Action("unfinished", "", text) for text in done]
+    actions += [Action("unfinished", "", text) for text in done]
     records = store.records()
     table = mountinfo.read()
     for record in records:

@@ -102,7 +102,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
-        app.main(standalone_mode=False, prog_name="overlayd")
+        app.main(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="overlayd")
     except OverlaydError as error:
         _report(error.code, error.message, error.hint, as_json=as_json)
         sys.exit(error.exit_code)

@@ -108,10 +108,12 @@ def _absolute(path: str, what: str) -> str:
         message = f"{what} is empty"
         raise RefusedError(message)
     try:
-        return path if path.startswith("/") else f"{os.getcwd()}/{path}"
+        whole = path if path.startswith("/") else f"{os.getcwd()}/{path}"
     except FileNotFoundError:
         message = f"{what} {shown(path)} is relative, and the working directory is gone"
         raise RefusedError(message) from None
+    # ".." stays: what it leads to depends on links before it.
+    return "/" + "/".join(part for part in whole.split("/") if part not in {"", "."})
 
 
 def _version(text: str) -> int:
@@ -160,7 +162,7 @@ def remove(common: Common, *, name: str, lazy: bool) -> None:
     """  # noqa: D301
     with interruptible(common) as progress:
         overlay = common.manager().remove(name, lazy=lazy, progress=progress)
-    still = ", programs still use the old files" if overlay.state == "draining" else ""
+    still = ", something still uses the old files" if overlay.state == "draining" else ""
     common.show(overlay, f"{name}: removed{still}")
 
 
@@ -192,7 +194,7 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     with interruptible(common) as progress:
         outcomes = batches.run(
             requests,
-            lambda: Manager(lambda: config, warn=common.warn),
+            lambda: Manager(lambda: config, warn=common.warn, trace=common.trace),
             progress,
             jobs=jobs,
             atomic=atomic,

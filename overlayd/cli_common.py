@@ -45,14 +45,24 @@ class Common:
         return config.load(None if self.config is None else Path(self.config))
 
     def observer(self) -> Observer:
-        """Return what looks at overlays."""
+        """Return what looks at overlays.
+
+        :raises OverlaydError: also for a ``--config`` that cannot be used, needed or not.
+        """
+        if self.config is not None:
+            self.load()
         return Observer(warn=self.warn)
 
     def manager(self) -> Manager:
         """Return what changes overlays; it takes a while to load."""
         from overlayd.manager import Manager  # noqa: PLC0415
 
-        return Manager(self.load, warn=self.warn, trace=_trace if self.verbose else None)
+        return Manager(self.load, warn=self.warn, trace=self.trace)
+
+    @property
+    def trace(self) -> Callable[[str, Operation], None] | None:
+        """What is called around each step: with ``-v`` it is said."""
+        return _trace if self.verbose else None
 
     def warn(self, text: str) -> None:
         """Print a warning to standard error."""

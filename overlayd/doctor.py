@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd import features, mountinfo, reconcile, state
+from overlayd import features, mountinfo, reconcile
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
-from overlayd.model import Phase, State, human_size, shown
+from overlayd.model import State, human_size, shown
+from overlayd.observer import Observer
 from overlayd.render import columns
 from overlayd.store import QUARANTINE, Store, quarantined
 
@@ -143,7 +144,8 @@ def _config(report: Report, config: Callable[[], Config]) -> None:
     }
     if available <= loaded.memory_reserve:
         report.note(
-            f"{human_size(available)} of memory is available, and the reserve is not to be used",
+            f"{human_size(available)} of memory is available,"
+            f" and {human_size(loaded.memory_reserve)} of it is to be kept",
             "free memory, or lower limits.memory_reserve",
             fatal=True,
         )
@@ -157,25 +159,24 @@ def _world(report: Report) -> None:
     try:
         if not store.exists():
             return
+        overlays = Observer(warn=warn).list()
         records = store.records()
     except OverlaydError as error:
         report.note(error.message, error.hint or "see the documentation", fatal=True)
         return
-    table = mountinfo.read()
-    for record in records:
-        if record.phase is not Phase.ACTIVE:
-            continue
-        seen = state.observe(record, table).state
-        if seen is State.LOST:
+    for overlay in overlays:
+        record = overlay.record
+        if overlay.state is State.LOST:
             report.note(
                 f"{record.name}: its mount is gone from {shown(record.mount_point)}",
                 f"overlayd remove {record.name}",
             )
-        elif seen is State.COVERED:
+        elif overlay.state is State.COVERED:
             report.note(
                 f"{record.name}: something is mounted over {shown(record.mount_point)}",
                 f"findmnt {shown(record.mount_point)}",
             )
+    table = mountinfo.read()
     for mount in reconcile.leftovers(table, records):
         whose = (
             "'overlayd cleanup' removes it"

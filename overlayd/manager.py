@@ -108,6 +108,8 @@ class Manager(Observer):
         check_name(request.name)
         config = self.config
         self._store.ensure()
+        if state.unfinished(self._store.remembered()):
+            self._settled()
         seen = self._examine(request, progress)
         where = seen.place.place
         try:

@@ -143,7 +143,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Figures of an overlay's storage, in bytes and inodes; its layer and its upper together."""
+    """Figures of an overlay's writable storage, in bytes and inodes; zeros where it has none."""
 
     size_bytes: int
     used_bytes: int

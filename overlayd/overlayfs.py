@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 STORAGE_SOURCE: Final = "overlayd-storage"
 """``source`` of overlayd's tmpfs mounts; for people who read the mount table."""
 
-MAX_LAYERS: Final = 15
-"""So many ``/proc/self/fd/N`` fit into the 255 bytes of one option."""
-
 _OPTIONS: Final = (
     ("metacopy", "off"),
     ("index", "off"),

@@ -56,7 +56,7 @@ def critical_reason(
             if not wild or exists("/".join([*map(glob.escape, parts), *pattern[len(parts) :]])):
                 return f"{path} contains {tree}"
         elif not program:
-            return f"{path} is {tree}" if path == tree else f"{path} lies in {tree}"
+            return f"{path} itself" if path == tree else f"{path} lies in {tree}"
     if single_file is None:
         return None
     for bad, reason in (

@@ -64,6 +64,24 @@ def settle(store: Store, table: Table) -> list[str]:
     return done
 
 
+def cut_short(store: Store) -> list[str]:
+    """Say what :func:`settle` would look at; changes nothing."""
+    found = []
+    for record in store.records():
+        if not state.unfinished([record]):
+            continue
+        try:
+            lock = store.try_lock(record.uuid)
+        except FileNotFoundError:
+            lock = None
+        else:
+            if lock is None:
+                continue  # somebody is at work on it
+            lock.release()
+        found.append(f"{record.name}: an operation that was cut short")
+    return found
+
+
 def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
     """Unmount storage that no record speaks for, unless an overlay still shows it."""
     if uuid in table.tagged:

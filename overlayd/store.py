@@ -272,7 +272,7 @@ class Store(World):
         uuid = name.removesuffix(".json")
         try:
             if len(data) > _MAX_RECORD:
-                raise records.RecordError("larger than 64 KiB")  # noqa: TRY301
+                raise records.RecordError("larger than 256 KiB")  # noqa: TRY301
             record = records.decode(data)
             if record.uuid != uuid or UUID.fullmatch(uuid) is None:
                 raise records.RecordError("not the overlay its file is named for")  # noqa: TRY301

@@ -276,7 +276,9 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
                 try:
                     bases.append(open_base(bases[-1], name))
                 except NotADirectoryError:
-                    raise conflict(walk.path("."), base_label, base_is_directory=False) from None
+                    path = walk.path("").rstrip("/")
+                    over = base_label + path.removeprefix(label)
+                    raise conflict(path, over, base_is_directory=False) from None
                 continue
             if kind is Kind.LEAVE:
                 if (base := bases.pop()) is not None:
@@ -288,7 +290,9 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
             if kind is Kind.DIRECTORY:
                 continue
             if bases[-1] is not None and is_directory(bases[-1], name):
-                raise conflict(walk.path(name), base_label, base_is_directory=True)
+                path = walk.path(name)
+                over = base_label + path.removeprefix(label)
+                raise conflict(path, over, base_is_directory=True)
             _count(total, kind, name, fd)
             if flag(name):
                 note_flagged(total, walk.path(name))

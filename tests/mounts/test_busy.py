@@ -454,7 +454,7 @@ def test_remove_that_was_refused_works_for_the_command_line_with_exit_code_6(wor
         assert line.endswith(f") at {base}")
         assert "--lazy" in hint
         assert world.run("remove", "fix", "--lazy").stdout == (
-            "fix: removed, programs still use the old files\n"
+            "fix: removed, something still uses the old files\n"
         )
         assert "draining" in world.run("list", "--all").stdout
         holder.let_go()

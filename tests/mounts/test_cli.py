@@ -992,3 +992,7 @@ def test_console_script_is_the_same_program(world: World) -> None:
     applied(world)
     done = subprocess.run([script, "list"], capture_output=True, text=True, check=True)
     assert done.stdout == run("list").stdout
+
+
+def test_without_arguments_the_help_is_printed(world: World) -> None:
+    assert world.run().stdout == world.run("--help").stdout

@@ -227,3 +227,33 @@ def test_killed_at_random_moments_the_command_line_leaves_nothing_half_done(worl
             world.manager().remove("x")
         assert snapshot(base) == before
         assert world.leftovers() == []
+
+
+NEXT: dict[str, Callable[[World, Path], object]] = {
+    "apply of another": lambda w, s: w.run("apply", "y", s, w.base("other", FILES)),
+    "list": lambda w, _s: w.run("list"),
+    "doctor": lambda w, _s: w.run("doctor"),
+    "cleanup": lambda w, _s: w.run("cleanup"),
+    "dump": lambda w, _s: w.run("dump"),
+}
+
+
+@pytest.mark.parametrize("command", NEXT)
+def test_whatever_command_comes_next_it_frees_what_a_killed_apply_held(
+    world: World, command: str
+) -> None:
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    # The sixth point is after the copying.
+    run_and_die_at(
+        world,
+        5,
+        Exchange.BENEATH,
+        lambda m: m.apply(Request("x", str(source), str(base)), Progress()),
+    )
+    assert world.leftovers()
+    assert "cut short" in world.run("cleanup", "--dry-run").stdout
+    assert world.leftovers()
+    NEXT[command](world, source)
+    world.check_invariants()
+    assert not any(overlay.record.name == "x" for overlay in world.manager().list())
