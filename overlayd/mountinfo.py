@@ -140,15 +140,20 @@ class Table:
         points = self._points
         return [parse_line(line) for part in _stretches(points, path) for _, line in points[part]]
 
+    def count(self, path: str) -> int:
+        """Return how many mounts there are at or inside *path*."""
+        return sum(part.stop - part.start for part in _stretches(self._points, path))
+
     def changed(self, added: Sequence[Mount], removed: Sequence[str]) -> Table:
         """Return the table without what is at or inside *removed*, and then with *added*."""
         points, tagged = self._points.copy(), self.tagged.copy()
         for path in removed:
-            for mount in self.within(path):
-                if mount.tag in tagged:
-                    rest = [m for m in tagged[mount.tag] if m.mount_point != mount.mount_point]
-                    tagged[mount.tag] = rest
             for part in reversed(_stretches(points, path)):
+                for _, line in points[part]:
+                    tag = parse_line(line).tag if _TAG_FILTER in line else None
+                    if tag in tagged:
+                        place = parse_line(line).mount_point
+                        tagged[tag] = [m for m in tagged[tag] if m.mount_point != place]
                 del points[part]
         for mount in added:
             insort(points, (_mangle(mount.mount_point), _line(mount)))
@@ -220,8 +225,7 @@ class Watcher:
         except OSError:
             self._table = None
             return
-        gone = [mount for path in removed for mount in self._table.within(path)]
-        if _is_own_change(self._ids, ids, now, len(gone)):
+        if _is_own_change(self._ids, ids, now, sum(map(self._table.count, removed))):
             self._table = self._table.changed(made, removed)
             self._ids = ids
         else:
