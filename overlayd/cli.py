@@ -117,7 +117,9 @@ def main() -> None:
         _report(InterruptedByUserError.code, "interrupted", None, as_json=as_json)
         sys.exit(InterruptedByUserError.exit_code)
     except OSError as error:
-        # All that is left untranslated below is the output's own.
+        # Nearly all that is left untranslated below is the output's own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        _report(OverlaydError.code, f"writing the output: {error.strerror}", None, as_json=as_json)
+        doing = "writing the output" if error.filename is None else str(error.filename)
+        message = shown(f"{doing}: {error.strerror}")
+        _report(OverlaydError.code, message, None, as_json=as_json)
         sys.exit(OverlaydError.exit_code)

@@ -188,9 +188,11 @@ def load(file: Path | None = None) -> Config:
 
     :raises OverlaydError: for anything that cannot be read or understood.
     """
-    settings = parse(
-        resources.files("overlayd").joinpath("overlayd.toml").read_text("utf-8"), "the defaults"
-    )
+    try:
+        defaults = resources.files("overlayd").joinpath("overlayd.toml").read_text("utf-8")
+    except OSError as error:
+        raise from_oserror(error, "reading the defaults") from None
+    settings = parse(defaults, "the defaults")
     used: list[str] = []
     if file is not None:
         chain = [file]

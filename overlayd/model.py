@@ -199,6 +199,11 @@ def human_size(size: int) -> str:
     return f"{size} bytes"
 
 
+def counted(number: int) -> str:
+    """Write how many entries there are."""
+    return "1 entry" if number == 1 else f"{number} entries"
+
+
 def shown(text: str) -> str:
     """Make any path or name safe to print on one line of a terminal.
 

@@ -13,7 +13,7 @@ from overlayd import layers, overlayfs, targets
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, OverlaydError, from_oserror
 from overlayd.executor import Step
-from overlayd.model import Phase, Record, SourceKind, Tree, human_size, shown
+from overlayd.model import Phase, Record, SourceKind, Tree, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY, Limits
 
@@ -80,7 +80,7 @@ class FillLayer(Step):
         """Say what the step does."""
         where = f" as {shown('/'.join(self.prefix))}" if self.prefix else ""
         return (
-            f"copy {self.entries} entries, {human_size(self.size)}, from {shown(self.source)}"
+            f"copy {counted(self.entries)}, {human_size(self.size)}, from {shown(self.source)}"
             f" into the layer{where}"
         )
 

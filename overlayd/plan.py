@@ -91,11 +91,15 @@ def check_free(name: str, place: Place, present: Sequence[Record], limit: int) -
 
 def _nesting(place: Place, record: Record) -> ExistsError:
     point, other = place.mount_point, record.mount_point
-    relation = "on" if point == other else "inside" if is_within(point, other) else "around"
-    message = (
-        f"TARGET {shown(place.target)} needs a mount on {shown(point)},"
-        f" {relation} that of overlay {record.name!r}, {shown(other)}"
-    )
+    if point == other:
+        fault = f"overlay {record.name!r} lies on {shown(point)} already"
+    else:
+        relation = "inside" if is_within(point, other) else "around"
+        fault = (
+            f"the mount would lie on {shown(point)},"
+            f" {relation} that of overlay {record.name!r}, {shown(other)}"
+        )
+    message = f"TARGET {shown(place.target)}: {fault}"
     return ExistsError(message, hint="overlays do not nest; remove the other one first")
 
 

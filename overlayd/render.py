@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd.model import human_size, shown
+from overlayd.model import counted, human_size, shown
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def overlay_details(overlay: Overlay) -> str:
     rows += [
         (
             f"layer {layer.version}",
-            f"{layer.entries} entries, {human_size(layer.size)}, from {shown(layer.source)}",
+            f"{counted(layer.entries)}, {human_size(layer.size)}, from {shown(layer.source)}",
         )
         for layer in record.layers
     ]
@@ -157,7 +157,7 @@ def applied(overlay: Overlay) -> str:
     how = "read-only" if record.options.read_only else "writable"
     line = (
         f"{record.name}: {shown(record.target)} shows {shown(record.source)},"
-        f" {layer.entries} entries, {human_size(layer.size)}, {how}"
+        f" {counted(layer.entries)}, {human_size(layer.size)}, {how}"
     )
     if record.mount_point != record.target:
         line += f"\nthe overlay covers {shown(record.mount_point)}, the nearest that exists"

@@ -11,11 +11,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from tests.mounts.conftest import ROOT, bind
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _NOBODY = """
-import encodings.ascii, encodings.latin_1, os, sys
+import encodings.ascii, encodings.latin_1, os, sys, textwrap
 from overlayd import batch, cli, cli_change, cli_look, config, doctor, manager, reconcile
 config.load()  # whatever is imported late is imported by now: the interpreter may be root's alone
 os.setgroups([])
@@ -41,12 +45,19 @@ class Child:
 
 
 def as_nobody(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line as an ordinary user."""
+    """Run the command line as an ordinary user, from copies that he may read."""
+    places = []
+    for name, origin in (("project", ROOT), ("packages", Path(click.__file__).parents[1])):
+        place = Path("/run") / name
+        if not place.exists():
+            place.mkdir()
+            bind(origin, place)
+        places.append(str(place))
     return subprocess.run(
         [sys.executable, "-c", _NOBODY, *map(str, arguments)],
         env={
             **{key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")},
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": ":".join(places),
         },
         capture_output=True,
         text=True,
