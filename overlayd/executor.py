@@ -43,6 +43,8 @@ class Run:
     place: OpenPlace | None = None
     base_fd: int = -1
     base_mount_fd: int = -1
+    base_name: str = ""
+    base_staged: bool = False
     overlay_fd: int = -1
     built: Tree | None = None
     attached: bool = False

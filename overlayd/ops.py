@@ -197,28 +197,37 @@ class OpenBase(Step):
         return f"reach the base of {shown(self.mount_point)} beneath the overlay"
 
     def apply(self, run: Run) -> None:
-        """Clone the parent, not recursively, and attach it where nobody sees it."""
+        """Clone the parent, not recursively, and open the base in it."""
         parent = targets.open_parent(self.mount_point)
         try:
             run.base_mount_fd = overlayfs.clone(parent)
         finally:
             os.close(parent)
-        stage = run.store.stage(run.record.uuid)
-        place = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            sys.move_mount(run.base_mount_fd, place)
-        finally:
-            os.close(place)
-        name = "." if self.entry else self.mount_point.rpartition("/")[2]
-        top = os.open(stage, OPEN_DIRECTORY)
-        try:
-            run.base_fd = os.open(name, OPEN_DIRECTORY, dir_fd=top)
-        finally:
-            os.close(top)
+        run.base_name = "." if self.entry else self.mount_point.rpartition("/")[2]
+        run.base_fd = os.open(run.base_name, OPEN_DIRECTORY, dir_fd=run.base_mount_fd)
 
     def undo(self, run: Run) -> None:
         """Detach the copy."""
         _close_base(run)
+
+
+def _stage_base(run: Run) -> int:
+    """Attach the copy of the parent where nobody sees it; return the base's new descriptor."""
+    stage = run.store.stage(run.record.uuid)
+    run.base_staged = True
+    place = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sys.move_mount(run.base_mount_fd, place)
+    finally:
+        os.close(place)
+    os.close(run.base_fd)
+    run.base_fd = -1
+    top = os.open(stage, OPEN_DIRECTORY)
+    try:
+        run.base_fd = os.open(run.base_name, OPEN_DIRECTORY, dir_fd=top)
+    finally:
+        os.close(top)
+    return run.base_fd
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +248,9 @@ def _close_base(run: Run) -> None:
         if fd >= 0:
             os.close(fd)
     run.base_fd = run.base_mount_fd = -1
-    run.store.unstage(run.record.uuid)
+    if run.base_staged:
+        run.store.unstage(run.record.uuid)
+        run.base_staged = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +292,16 @@ class BuildOverlay(Step):
             try:
                 run.overlay_fd = overlayfs.make_overlay(record.uuid, lowers, upper_work, attributes)
             except OSError as error:
-                raise _build_error(error, base) from None
+                if error.errno != errno.EINVAL or run.base_mount_fd < 0 or run.base_staged:
+                    raise _build_error(error, base) from None
+                # Before Linux 6.15 every layer must lie on an attached mount.
+                lowers[-1] = base = _stage_base(run)
+                try:
+                    run.overlay_fd = overlayfs.make_overlay(
+                        record.uuid, lowers, upper_work, attributes
+                    )
+                except OSError as again:
+                    raise _build_error(again, base) from None
             _check_overlay(run.overlay_fd, base, layer)
         run.built = Tree(
             version=self.tree.version,

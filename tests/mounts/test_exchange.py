@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import syscalls
+from overlayd import mountinfo, overlayfs, syscalls
 from overlayd.overlayfs import Exchange
+from tests.mounts.conftest import PLAY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from tests.mounts.conftest import World
@@ -93,6 +94,40 @@ def test_reset_leaves_no_gap(
     world.check_invariants()
     manager.remove("x")
     assert (base / "a").read_text() == "base"
+    assert world.leftovers() == []
+
+
+def test_reset_works_where_layers_must_be_attached(
+    either_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Linux 6.15 a layer on a detached mount is EINVAL."""
+    world = either_world
+    base = world.base("t", {"a": "base", "sub/b": "base"})
+    genuine = overlayfs.make_overlay
+    refused = 0
+
+    def older(
+        tag: str, lowers: Sequence[int], upper_work: tuple[int, int] | None, attributes: int
+    ) -> int:
+        nonlocal refused
+        attached = {mount.mount_id for mount in mountinfo.read()}
+        if any(syscalls.statx(fd).mnt_id not in attached for fd in lowers):
+            refused += 1
+            raise OSError(errno.EINVAL, "failed to clone lowerpath", "fsconfig")
+        return genuine(tag, lowers, upper_work, attributes)
+
+    monkeypatch.setattr(overlayfs, "make_overlay", older)
+    source = world.source("s", {"a": "overlay"})
+    world.apply("x", source, base)
+    world.apply("y", source / "a", world.base("u", {"f": "base"}) / "f", read_only=True)
+    for version, text in ((0, "base"), (1, "overlay")):
+        for name, file in (("x", base / "a"), ("y", PLAY / "u/f")):
+            world.manager().reset(name, version)
+            assert file.read_text() == text
+    assert refused == 4
+    world.check_invariants()
+    for name in ("x", "y"):
+        world.manager().remove(name)
     assert world.leftovers() == []
 
 
