@@ -177,6 +177,8 @@ def _check_depth(place: OpenPlace) -> None:
     try:
         os.close(overlayfs.make_overlay("probe", [place.base_fd, other], None, 0))
     except OSError:
+        # A mount that was detached meanwhile is refused with the same EINVAL.
+        targets.check_still_there(place)
         raise ops.depth_error() from None
     finally:
         os.close(other)

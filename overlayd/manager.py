@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from overlayd import cleanup, mountinfo, ops, ostree, overlayfs, plan, state
+from overlayd import cleanup, mountinfo, ops, ostree, overlayfs, plan, state, targets
 from overlayd.errors import OverlaydError
 from overlayd.examine import examine
 from overlayd.executor import Executor, Run
@@ -119,6 +119,7 @@ class Manager(Observer):
                     plan.check_free(request.name, where, self._store.reserved(), config.overlays)
                 except OverlaydError:
                     plan.check_free(request.name, where, self._settle(), config.overlays)
+                targets.check_still_there(seen.place)
                 record = plan.new_record(request, where, seen.measure, self._identity(), config)
                 run = Run(
                     self._store, progress, record, self._way, source=seen.source, place=seen.place

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import overlayfs
 from overlayd import syscalls as sys
-from overlayd.errors import NotFoundError, RefusedError, from_oserror
+from overlayd.errors import BusyError, NotFoundError, RefusedError, from_oserror
 from overlayd.model import RUN, USR, SourceKind, is_within, shown
 from overlayd.walker import OPEN_DIRECTORY, refuse_special
 
@@ -187,6 +187,41 @@ def _open_beneath(usr_fd: int, real: str, source: OpenSource) -> OpenPlace:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def check_still_there(place: OpenPlace) -> None:
+    """Refuse a place that is not what its path leads to any more.
+
+    It may have been opened through an overlay that was removed since.  Ask when no overlay can
+    come or go there, or when the kernel refuses the place.
+
+    :raises BusyError: saying so.
+    """
+    try:
+        there = _still_there(place)
+    except OSError:
+        there = False
+    if not there:
+        message = f"TARGET {shown(place.place.target)} changed while it was looked at"
+        raise BusyError(message, hint="try again")
+
+
+def _still_there(place: OpenPlace) -> bool:
+    point = place.place.mount_point
+    usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        folder = os.path.dirname(point) if place.place.entry else point
+        for path, opened in ((point, place.place_fd), (folder, place.base_fd)):
+            now = overlayfs.open_beneath(usr_fd, path.removeprefix(USR).strip("/"))
+            try:
+                same = os.path.samestat(os.fstat(now), os.fstat(opened))
+                if not same or sys.statx(now).mnt_id != sys.statx(opened).mnt_id:
+                    return False
+            finally:
+                os.close(now)
+    finally:
+        os.close(usr_fd)
+    return True
 
 
 def open_parent(mount_point: str) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd.errors import ExistsError, OverlaydError
+from overlayd import targets
+from overlayd.errors import BusyError, ExistsError, OverlaydError
 from overlayd.model import Request
 from overlayd.progress import Progress
 from tests.mounts.conftest import PLAY, World, snapshot
@@ -117,6 +118,30 @@ def test_a_long_copy_delays_no_other_command(world: World) -> None:
     thread.join()
     assert errors == []
     world.check_invariants()
+
+
+@pytest.mark.parametrize("target", ["t/inner", "t/inner/a", "t/inner/new"])
+def test_target_opened_through_an_overlay_that_goes_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    source = world.source("s", {"a": "new"})
+    base = world.base("t", {"inner/a": "base"})
+    world.apply("outer", world.source("o", {"inner/gone": "gone"}), base)
+    genuine = targets.open_target
+
+    def and_then_it_goes(path: str, opened: targets.OpenSource) -> targets.OpenPlace:
+        place = genuine(path, opened)
+        World().manager().remove("outer", lazy=True)
+        return place
+
+    monkeypatch.setattr(targets, "open_target", and_then_it_goes)
+    with pytest.raises(BusyError, match="changed while it was looked at"):
+        world.apply("x", source / "a" if target.endswith("/a") else source, PLAY / target)
+    monkeypatch.undo()
+    assert world.manager().list(draining=True) == []  # it was held open by the apply itself
+    assert world.leftovers() == []
+    world.apply("x", source, base / "inner")
+    assert not (base / "inner/gone").exists()
 
 
 def test_remove_twice_at_once_removes_once(world: World) -> None:
