@@ -95,11 +95,9 @@ def _ground() -> None:
 
 
 def _attach(mount_fd: int, path: str) -> None:
-    place = os.open(path, _OPEN)
     try:
-        sys.move_mount(mount_fd, place)
+        overlayfs.attach(mount_fd, path)
     finally:
-        os.close(place)
         os.close(mount_fd)
 
 

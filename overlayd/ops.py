@@ -215,11 +215,7 @@ def _stage_base(run: Run) -> int:
     """Attach the copy of the parent where nobody sees it; return the base's new descriptor."""
     stage = run.store.stage(run.record.uuid)
     run.base_staged = True
-    place = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sys.move_mount(run.base_mount_fd, place)
-    finally:
-        os.close(place)
+    overlayfs.attach(run.base_mount_fd, stage)
     os.close(run.base_fd)
     run.base_fd = -1
     top = os.open(stage, OPEN_DIRECTORY)

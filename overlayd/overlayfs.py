@@ -110,6 +110,15 @@ def open_beneath(dir_fd: int, path: str, flags: int = os.O_PATH) -> int:
     )
 
 
+def attach(mount_fd: int, path: str, *, dir_fd: int | None = None, flags: int = 0) -> None:
+    """Attach *mount_fd* at *path*, a link not followed, with MOVE_MOUNT_* *flags*."""
+    place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        sys.move_mount(mount_fd, place, flags)
+    finally:
+        os.close(place)
+
+
 @contextlib.contextmanager
 def staged(mount_fd: int, stage: str) -> Iterator[int]:
     """Attach *mount_fd* at the empty directory *stage* for a moment; yields an fd of its root.
@@ -117,11 +126,7 @@ def staged(mount_fd: int, stage: str) -> Iterator[int]:
     Layers must lie on attached mounts before Linux 6.15.  *stage* must be on a private mount, so
     that nobody else sees it.
     """
-    stage_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        sys.move_mount(mount_fd, stage_fd)
-    finally:
-        os.close(stage_fd)
+    attach(mount_fd, stage)
     try:
         root_fd = os.open(stage, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -161,7 +166,7 @@ def put_beneath(
     """
     if way is not Exchange.TUCK:
         try:
-            _beneath(new_fd, place)
+            attach(new_fd, place, flags=sys.MOVE_MOUNT_BENEATH)
         except OSError as error:
             # EINVAL: unknown before 6.5, and refused for some propagation layouts since.
             if way is Exchange.BENEATH or error.errno != errno.EINVAL:
@@ -170,14 +175,6 @@ def put_beneath(
             return
     with staging() as stage:
         _tuck(new_fd, place, parent_fd, stage)
-
-
-def _beneath(new_fd: int, place: str) -> None:
-    top_fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        sys.move_mount(new_fd, top_fd, sys.MOVE_MOUNT_BENEATH)
-    finally:
-        os.close(top_fd)
 
 
 def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
@@ -190,11 +187,7 @@ def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
         peer = clone(parent_fd)
         try:
             with staged(peer, stage) as peer_fd:
-                inner = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=peer_fd)
-                try:
-                    sys.move_mount(new_fd, inner)
-                finally:
-                    os.close(inner)
+                attach(new_fd, name, dir_fd=peer_fd)
         finally:
             os.close(peer)
     finally:

@@ -365,11 +365,7 @@ def _is_mount(path: str) -> bool:
 def _attach_tmpfs(path: str, size: int = 1 << 20, inodes: int = 4096) -> None:
     mount_fd = overlayfs.make_tmpfs(size, inodes)
     try:
-        place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            sys.move_mount(mount_fd, place)
-        finally:
-            os.close(place)
+        overlayfs.attach(mount_fd, path)
     finally:
         os.close(mount_fd)
 
