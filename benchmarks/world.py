@@ -63,8 +63,8 @@ def _ground() -> str:
 
 
 def attach_tmpfs(path: str, size: int = _SIZE, inodes: int = _INODES) -> None:
-    """Mount a tmpfs like overlayd's own, but readable by all, at *path*."""
-    mount = overlayfs.make_tmpfs(size, inodes, mode=0o755)
+    """Mount a tmpfs like that of a layer, but readable by all, at *path*."""
+    mount = overlayfs.make_tmpfs(size, inodes, mode=0o755, folios=True)
     try:
         place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -110,7 +110,7 @@ class Manager(Observer):
         self._store.ensure()
         if state.unfinished(self._store.remembered()):
             self._settled()
-        seen = self._examine(request, progress)
+        seen = self._examine(request, progress, present=True)
         where = seen.place.place
         try:
             with self._store.locked():
@@ -137,8 +137,8 @@ class Manager(Observer):
             raise
         return Prepared(executor, self._shown)
 
-    def _examine(self, request: Request, progress: Progress) -> Examined:
-        present = self._store.exists()  # and this namespace's, or it raises
+    def _examine(self, request: Request, progress: Progress, *, present: bool) -> Examined:
+        """Check all that needs no lock; *present* says that there is a world to ask for records."""
 
         def check_free(place: Place) -> None:
             if not present:
@@ -174,7 +174,7 @@ class Manager(Observer):
 
         :raises OverlaydError: what the apply would raise.
         """
-        seen = self._examine(request, progress)
+        seen = self._examine(request, progress, present=self._store.exists())
         seen.close()
         where = seen.place.place
         record = plan.new_record(request, where, seen.measure, self._identity(), self.config)

@@ -80,6 +80,7 @@ class Store(World):
         self._lock_fd = -1
         self._given_out = b"none"
         self._inodes: dict[str, int] = {}
+        self._read_once = False
         self._known: dict[str, Record | None] = {}
         self._believed: list[Record] = []
 
@@ -221,6 +222,7 @@ class Store(World):
                 inodes = {entry.name: entry.inode() for entry in entries}
         except OSError as error:
             raise from_oserror(error, f"reading {RECORDS}") from None
+        self._read_once = True
         if inodes != self._inodes:
             known = self._known
             self._known = {
@@ -242,7 +244,7 @@ class Store(World):
 
     def remembered(self) -> list[Record]:
         """Return the records as last read or written here; good for an early answer only."""
-        return self._believed if self._inodes else self.records()
+        return self._believed if self._read_once else self.records()
 
     def get(self, uuid: str) -> Record | None:
         """Return one record as it is now, if it is there."""
@@ -335,7 +337,7 @@ class Store(World):
         """Mount a fresh tmpfs of at most *size* bytes as part *which* of the storage."""
         path = storage_path(uuid, which)
         os.mkdir(path, 0o700)
-        _attach_tmpfs(path, size, inodes)
+        _attach_tmpfs(path, size, inodes, folios=which == LAYER)
 
     def drop_storage(self, uuid: str, which: str = "") -> None:
         """Unmount an overlay's storage, or one part of it; the kernel frees it when it can.
@@ -362,8 +364,10 @@ def _is_mount(path: str) -> bool:
     return sys.statx(sys.AT_FDCWD, path).mount_root
 
 
-def _attach_tmpfs(path: str, size: int = 1 << 20, inodes: int = 4096) -> None:
-    mount_fd = overlayfs.make_tmpfs(size, inodes)
+def _attach_tmpfs(
+    path: str, size: int = 1 << 20, inodes: int = 4096, *, folios: bool = False
+) -> None:
+    mount_fd = overlayfs.make_tmpfs(size, inodes, folios=folios)
     try:
         overlayfs.attach(mount_fd, path)
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -61,6 +62,10 @@ STATX_MNT_ID_UNIQUE: Final = 0x4000
 STATX_ATTR_MOUNT_ROOT: Final = 0x2000
 
 LSMT_ROOT: Final = 0xFFFFFFFFFFFFFFFF
+STATMOUNT_SB_BASIC: Final = 0x01
+
+NS_MNT_GET_NEXT: Final = 0x8010B70B
+NS_MNT_GET_PREV: Final = 0x8010B70C
 
 OVERLAYFS_SUPER_MAGIC: Final = 0x794C7630
 TMPFS_MAGIC: Final = 0x01021994
@@ -73,6 +78,7 @@ _NR_FSMOUNT: Final = 432
 _NR_FSPICK: Final = 433
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
+_NR_STATMOUNT: Final = 457
 _NR_LISTMOUNT: Final = 458
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -94,6 +100,19 @@ class _MntIdReq(ctypes.Structure):
         ("spare", ctypes.c_uint32),
         ("mnt_id", ctypes.c_uint64),
         ("param", ctypes.c_uint64),
+        ("mnt_ns_id", ctypes.c_uint64),  # Linux 6.11
+    )
+
+
+_MNT_ID_REQ_SIZE_VER0: Final = 24
+
+
+class _Statmount(ctypes.Structure):
+    # struct statmount is 512 bytes; only the field read here has a name.
+    _fields_ = (
+        ("_to_sb_magic", ctypes.c_uint8 * 24),
+        ("sb_magic", ctypes.c_uint64),
+        ("_rest", ctypes.c_uint8 * 480),
     )
 
 
@@ -345,12 +364,14 @@ def _statfs_result(buffer: _Statfs) -> StatfsResult:
     )
 
 
-def listmount() -> bytes:
+def listmount(namespace: int = 0, after: int = 0) -> bytes:
     """Return the unique ids of all mounts of this namespace beneath its root (Linux 6.8).
 
-    As the kernel gives them: unsigned 64-bit numbers, ascending.
+    As the kernel gives them: unsigned 64-bit numbers, ascending, those greater than *after*.
+    *namespace* is the id of another mount namespace (Linux 6.11).
     """
-    request = _MntIdReq(ctypes.sizeof(_MntIdReq), 0, LSMT_ROOT, 0)
+    size = ctypes.sizeof(_MntIdReq) if namespace else _MNT_ID_REQ_SIZE_VER0
+    request = _MntIdReq(size, 0, LSMT_ROOT, after, namespace)
     room = 4096
     buffer = (ctypes.c_uint64 * room)()
     found = b""
@@ -367,3 +388,33 @@ def listmount() -> bytes:
         if count < room:
             return found
         request.param = buffer[count - 1]
+
+
+def statmount_magic(mount: int, namespace: int) -> int:
+    """Return the filesystem's magic of the *mount* with this unique id in *namespace* (6.11)."""
+    request = _MntIdReq(ctypes.sizeof(_MntIdReq), 0, mount, STATMOUNT_SB_BASIC, namespace)
+    buffer = _Statmount()
+    _call(
+        "statmount",
+        _NR_STATMOUNT,
+        ctypes.byref(request),
+        ctypes.byref(buffer),
+        ctypes.c_size_t(ctypes.sizeof(buffer)),
+        ctypes.c_uint(0),
+    )
+    magic: int = buffer.sb_magic
+    return magic
+
+
+def next_mount_namespace(fd: int, request: int) -> tuple[int, int]:
+    """Return fd and id of the mount namespace after or before that of *fd* (Linux 6.12).
+
+    *request* is NS_MNT_GET_NEXT or NS_MNT_GET_PREV; those that the caller may not administer are
+    left out.
+
+    :raises OSError: ENOENT at the end, ENOTTY where the kernel cannot tell.
+    """
+    info = bytearray(16)  # struct mnt_ns_info: size, number of mounts, id
+    info[:4] = len(info).to_bytes(4, "little")
+    found = fcntl.ioctl(fd, request, info)
+    return found, int.from_bytes(info[8:], "little")

@@ -210,12 +210,14 @@ def _still_there(place: OpenPlace) -> bool:
     point = place.place.mount_point
     usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        folder = os.path.dirname(point) if place.place.entry else point
-        for path, opened in ((point, place.place_fd), (folder, place.base_fd)):
+        opened = {point: place.place_fd}
+        if place.place.entry:
+            opened[os.path.dirname(point)] = place.base_fd
+        for path, fd in opened.items():
             now = overlayfs.open_beneath(usr_fd, path.removeprefix(USR).strip("/"))
             try:
-                same = os.path.samestat(os.fstat(now), os.fstat(opened))
-                if not same or sys.statx(now).mnt_id != sys.statx(opened).mnt_id:
+                same = os.path.samestat(os.fstat(now), os.fstat(fd))
+                if not same or sys.statx(now).mnt_id != sys.statx(fd).mnt_id:
                     return False
             finally:
                 os.close(now)

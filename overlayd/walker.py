@@ -237,6 +237,9 @@ def is_directory(base_fd: int | None, name: str) -> bool:
     """Whether the base has a directory (not a link to one) *name* beneath *base_fd*."""
     if base_fd is None:
         return False
+    # Most often there is nothing, and an error caught costs more than the question.
+    if not os.access(name, os.F_OK, dir_fd=base_fd, follow_symlinks=False):
+        return False
     try:
         return stat.S_ISDIR(os.stat(name, dir_fd=base_fd, follow_symlinks=False).st_mode)
     except FileNotFoundError:

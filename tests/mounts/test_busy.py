@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import mountinfo
+from overlayd import holders, mountinfo, syscalls
 from overlayd.errors import BusyError, NotFoundError
 from tests.mounts.conftest import PLAY, RUN, bind, mount, snapshot
 from tests.mounts.processes import child, eventually
@@ -198,6 +199,41 @@ def test_namespace_that_only_looks_on_does_not_block_remove(
         assert world.manager().list() == []
         other.let_go()
     assert states(world) == []
+    assert world.leftovers() == []
+
+
+def test_kernel_and_processes_give_the_same_answer_about_copies_elsewhere(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with child("", before=PRIVATE):  # from before the overlay: has no copy
+        applied(world)
+        uuid = world.manager().status("fix").record.uuid
+        assert not holders.mounts_elsewhere(uuid)
+        with monkeypatch.context() as patch:
+            patch.setattr(holders, "_seen_by_processes", lambda uuid: pytest.fail(uuid))
+            assert not holders.mounts_elsewhere(uuid), "the kernel's answer is enough"
+        with child("", before=PRIVATE) as other:
+            assert holders.mounts_elsewhere(uuid)
+            world.manager().reset("fix", 1)
+            assert holders.mounts_elsewhere(uuid), "a copy of the tree before"
+            other.let_go()
+        assert not holders.mounts_elsewhere(uuid)
+
+
+@pytest.mark.parametrize("missing", ["next_mount_namespace", "listmount", "statmount_magic"])
+def test_copies_elsewhere_are_found_where_the_kernel_cannot_list_them(
+    world: World, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), missing)
+
+    monkeypatch.setattr(syscalls, missing, refuse)
+    base = applied(world)
+    with child("f = open(sys.argv[1])", base / "a", before=PRIVATE) as other:
+        with pytest.raises(BusyError, match=rf"in use by {other.pid} "):
+            world.manager().remove("fix")
+        other.let_go()
+    world.manager().remove("fix")
     assert world.leftovers() == []
 
 

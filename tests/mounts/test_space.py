@@ -172,6 +172,17 @@ def test_figures_of_a_sparse_source_are_those_of_its_data(world: World) -> None:
     assert facts.st_blocks * 512 <= 8192
 
 
+def test_layer_takes_no_more_room_than_was_measured(world: World) -> None:
+    sizes = [1, 4095, 4097, 20_000, 65_536, 100_001, (2 << 20) - 1, (2 << 20) + 1]
+    source = world.source("s", {f"file{size}": "x" * size for size in sizes})
+    overlay = world.apply("fix", source, world.base("app", FILES))
+    (layer,) = overlay.record.layers
+    facts = os.statvfs(RUN / "storage" / overlay.record.uuid / "layer")
+    used = (facts.f_blocks - facts.f_bfree) * facts.f_bsize
+    assert layer.size == sum(-(-size // 4096) * 4096 for size in sizes)
+    assert used == layer.size
+
+
 def test_too_many_entries_are_refused_before_anything_is_copied(world: World) -> None:
     base = world.base("app", FILES)
     source = world.source("s", {f"file{number}": "" for number in range(12)})
