@@ -68,7 +68,7 @@ def examine(  # noqa: PLR0913  # what it is about, and what it is held against
     try:
         _check_critical(request, place, config)
         check_free(place.place)
-        plan.check_mounts(place.place, table.within(place.place.mount_point))
+        plan.check_mounts(place.place, table)
         targets.check_apart(source, place.place, table)
         _check_depth(place)
         measure = _measure(request, source, place, limits, config, progress)

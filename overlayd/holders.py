@@ -13,6 +13,7 @@ import contextlib
 import os
 from array import array
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from overlayd import mountinfo
@@ -21,7 +22,7 @@ from overlayd.model import TAG_PREFIX, is_within
 from overlayd.store import LAYER, storage_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _NO_FILESYSTEM: Final = ("pipe:", "anon_inode:", "/memfd:", "/dev/", "/proc/", "/sys/")
 
@@ -39,23 +40,44 @@ def _processes() -> list[str]:
     return [entry for entry in os.listdir("/proc") if entry.isdigit()]
 
 
-def _handles(pid: str) -> Iterator[str]:
-    """Yield the magic links of everything the process holds that may lie on a filesystem."""
+def _links(pid: str, names: Iterable[str], folders: Iterable[str]) -> Iterator[str]:
+    """Yield magic links of what the process holds: those *names*, and all in those *folders*."""
     top = f"/proc/{pid}"
-    for name in ("cwd", "root", "exe"):
+    for name in names:
         yield f"{top}/{name}"
-    for folder in ("fd", "map_files"):
+    for folder in folders:
         with contextlib.suppress(OSError):
             for name in os.listdir(f"{top}/{folder}"):
                 yield f"{top}/{folder}/{name}"
 
 
+def _opened(pid: str) -> Iterator[str]:
+    return _links(pid, ("cwd", "root"), ("fd",))
+
+
+def _program(pid: str) -> Iterator[str]:
+    return _links(pid, ("exe",), ("map_files",))
+
+
+def runs_from(fsid: int) -> bool:
+    """Whether this process itself runs from the overlay: its interpreter, a library."""
+    for link in _program(str(os.getpid())):
+        with contextlib.suppress(OSError):
+            if _lies_on(link, fsid):
+                return True
+    return False
+
+
 def find(fsid: int, place: str) -> list[Holder]:
-    """Return one :class:`Holder` per process that uses the overlay with *fsid* at *place*."""
+    """Return one :class:`Holder` per process that uses the overlay with *fsid* at *place*.
+
+    That this process runs from it is left out, see :func:`runs_from`; what it opened is not.
+    """
     found: list[Holder] = []
     sockets: dict[str, dict[str, str]] = {}
+    own = str(os.getpid())
     for pid in _processes():
-        for link in _handles(pid):
+        for link in chain(_opened(pid), () if pid == own else _program(pid)):
             try:
                 path = os.readlink(link)
                 if path.startswith("socket:"):

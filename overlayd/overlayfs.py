@@ -188,6 +188,10 @@ def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
     """Let *new_fd* arrive through a peer of the parent mount, on which nothing is mounted yet."""
     name = os.path.basename(place)
     parent = _mount_of(parent_fd)
+    if sys.statx(sys.AT_FDCWD, place).mnt_id not in _children(parent):
+        # What arrived there would lie beneath the mount that really is the parent.
+        message = "the mount that the overlay lies on cannot be reached beneath it"
+        raise OSError(errno.EOPNOTSUPP, message)
     if not parent.shared:
         sys.mount_propagation(parent.mount_point, sys.MS_SHARED)
     try:
@@ -200,6 +204,10 @@ def _tuck(new_fd: int, place: str, parent_fd: int, stage: str) -> None:
     finally:
         if not parent.shared:
             sys.mount_propagation(parent.mount_point, sys.MS_PRIVATE)
+
+
+def _children(parent: mountinfo.Mount) -> set[int]:
+    return {mount.mount_id for mount in mountinfo.read() if mount.parent_id == parent.mount_id}
 
 
 def _mount_of(fd: int) -> mountinfo.Mount:

@@ -19,6 +19,7 @@ from overlayd.errors import (
     SpaceError,
 )
 from overlayd.model import (
+    USR,
     Layer,
     Overlay,
     Phase,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from overlayd.config import Config
     from overlayd.executor import Operation
     from overlayd.model import Request
-    from overlayd.mountinfo import Mount
+    from overlayd.mountinfo import Mount, Table
     from overlayd.targets import Place
     from overlayd.walker import Limits, Measure
 
@@ -103,12 +104,17 @@ def _nesting(place: Place, record: Record) -> ExistsError:
     return ExistsError(message, hint="overlays do not nest; remove the other one first")
 
 
-def check_mounts(place: Place, within: Sequence[Mount]) -> None:
+def check_mounts(place: Place, table: Table) -> None:
     """Refuse a target that has mounts on it or beneath it, naming them.
+
+    ``/usr`` itself may be a mount of itself, which changes nothing of what is beneath it.
 
     :raises ExistsError: if one is an overlay of overlayd's, made since the records were read.
     :raises RefusedError: if there is another.
     """
+    within = table.within(place.mount_point)
+    if place.mount_point == USR and table.rebound(USR):
+        within = [mount for mount in within if mount.mount_point != USR]
     if not within:
         return
     for mount in within:
@@ -258,7 +264,12 @@ def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:
     if overlay.state is State.LOST or record.tree is None:
         message = f"the mount of {record.name} is gone from {shown(record.mount_point)}"
         raise NotFoundError(message, hint=f"overlayd remove {record.name}")
-    others = [mount for mount in inside if mount.tag != record.uuid]
+    others = [
+        mount
+        for mount in inside
+        if mount.tag != record.uuid
+        and (overlay.state is State.COVERED or mount.mount_point != record.mount_point)
+    ]
     if overlay.state is State.COVERED or others:
         names = ", ".join(shown(mount.mount_point) for mount in others[:_MAX_NAMES])
         message = f"something is mounted over or inside {record.name}: {names or 'its parent'}"

@@ -59,12 +59,15 @@ def observe(record: Record, table: Table) -> Overlay:
     ]
     if not mine:
         return Overlay(record, State.LOST, None, None)
+    # Where the mount beneath /usr is its peer, a copy of the overlay lies hidden at the same path.
+    ids = {mount.mount_id for mount in mine}
     try:
-        visible = mountinfo.top_mount_id(record.mount_point) == mine[-1].mount_id
+        top = mountinfo.top_mount_id(record.mount_point)
     except OSError:
-        visible = False
-    state = State.ACTIVE if visible else State.COVERED
-    return Overlay(record, state, mine[-1].mount_id, None)
+        top = 0
+    if top in ids:
+        return Overlay(record, State.ACTIVE, top, None)
+    return Overlay(record, State.COVERED, mine[-1].mount_id, None)
 
 
 def with_storage(overlay: Overlay) -> Overlay:

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import pytest
 
 from overlayd import holders, mountinfo, syscalls
 from overlayd.errors import BusyError, NotFoundError
-from tests.mounts.conftest import PLAY, RUN, bind, mount, snapshot
+from tests.mounts.conftest import PLAY, ROOT, RUN, bind, mount, snapshot
 from tests.mounts.processes import child, eventually
 
 if TYPE_CHECKING:
@@ -178,6 +179,50 @@ def test_holder_of_the_base_or_of_a_neighbour_does_not_block_remove(world: World
         world.manager().remove("two")
         assert world.leftovers() == []
         holder.let_go()
+
+
+MAPPED_BY_THE_COMMAND = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open(sys.argv.pop(1), os.O_RDONLY)
+assert libc.mmap(None, 4096, 1, 2, fd, ctypes.c_long(0)) != 2**64 - 1
+if sys.argv.pop(1) == "mapped":
+    os.close(fd)
+from overlayd.cli import main
+main()
+"""
+
+
+def removed_by_one_that_uses_it(base: Path, how: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MAPPED_BY_THE_COMMAND, base / "a", how, "remove", "fix"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def test_remove_does_not_count_that_it_runs_from_the_overlay_itself(world: World) -> None:
+    base = applied(world)
+    done = removed_by_one_that_uses_it(base, "mapped")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "fix: removed\n", "")
+    assert (base / "a").read_text() == "base a"
+    assert states(world) == []
+    assert world.leftovers() == []
+
+
+def test_remove_names_others_when_it_runs_from_the_overlay_itself(world: World) -> None:
+    base = applied(world)
+    with child("f = open(sys.argv[1])", base / "a") as other:
+        done = removed_by_one_that_uses_it(base, "mapped")
+        assert done.returncode == 6
+        assert f"fix is in use by {other.pid} (" in done.stderr
+        other.let_go()
+    done = removed_by_one_that_uses_it(base, "open")
+    assert done.returncode == 6, "a file of the overlay that the caller has open counts"
+    world.manager().remove("fix")
 
 
 @pytest.mark.parametrize("before", [SLAVE, PRIVATE], ids=["slave", "private"])

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayd import ops, plan, removal
+from overlayd import mountinfo, ops, plan, removal
 from overlayd.errors import BusyError, ExistsError, NotFoundError, RefusedError, SpaceError
 from overlayd.model import Layer, Options, Phase, Request, State, Tree, human_size
+from overlayd.mountinfo import Mount, Table
 from overlayd.targets import Place
 from overlayd.walker import Measure
 from tests.unit.conftest import (
@@ -147,25 +148,72 @@ def test_limit_of_overlays_binds_and_is_named() -> None:
 # Mounts at the target
 
 
+def table_of(*mounts: Mount) -> Table:
+    return Table(
+        b"".join(
+            f"{m.mount_id} {m.parent_id} 0:{m.st_dev} {m.root} ".encode()
+            + mountinfo._mangle(m.mount_point)
+            + f" rw - {m.fstype} {m.source} rw\n".encode()
+            for m in mounts
+        )
+    )
+
+
+def on_root(root: str, mount_point: str, *, st_dev: int = 50) -> Mount:
+    return replace(make_mount(mount_point, st_dev=st_dev), root=root)
+
+
+USR = Place("/usr", "/usr", (), "")
+DEPLOYED = "/ostree/deploy/debian/deploy/0123.0"
+
+
+@pytest.mark.parametrize("root", ["/", DEPLOYED])
+def test_usr_that_is_mounted_on_itself_is_free(root: str) -> None:
+    rebound = on_root(f"{root.rstrip('/')}/usr", "/usr")
+    plan.check_mounts(USR, table_of(on_root(root, "/"), rebound))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        on_root("/", "/usr", st_dev=51),
+        on_root(f"{DEPLOYED}/usr", "/usr", st_dev=51),
+        on_root("/ostree/deploy/debian/deploy/4567.0/usr", "/usr"),
+    ],
+)
+def test_usr_of_its_own_is_a_mount_point_like_any_other(other: Mount) -> None:
+    root = on_root(DEPLOYED, "/")
+    with pytest.raises(RefusedError, match="TARGET /usr is a mount point"):
+        plan.check_mounts(USR, table_of(root, other))
+    with pytest.raises(RefusedError, match="TARGET /usr is a mount point"):
+        plan.check_mounts(USR, table_of(root, on_root(f"{DEPLOYED}/usr", "/usr"), other))
+
+
+def test_mounts_inside_of_usr_are_refused_also_where_it_is_mounted_on_itself() -> None:
+    mounts = (on_root("/", "/"), on_root("/usr", "/usr"), make_mount("/usr/local"))
+    with pytest.raises(RefusedError, match="has mounts in it: /usr/local"):
+        plan.check_mounts(USR, table_of(*mounts))
+
+
 def test_target_without_mounts_is_free() -> None:
-    plan.check_mounts(DIRECTORY, [])
+    plan.check_mounts(DIRECTORY, table_of())
 
 
 def test_target_that_is_a_mount_point_is_refused_naming_the_mount() -> None:
     with pytest.raises(RefusedError, match=rf"is a mount point: {APP} \(tmpfs of foreign\)"):
-        plan.check_mounts(DIRECTORY, [make_mount(APP)])
+        plan.check_mounts(DIRECTORY, table_of(make_mount(APP)))
 
 
 def test_target_with_an_overlay_in_it_is_taken_whatever_else_is_there() -> None:
     mounts = [make_mount(f"{APP}/a"), make_mount(f"{APP}/b\n", tag=UUID)]
     with pytest.raises(ExistsError, match=rf"another overlay lies on {APP}/b\\n"):
-        plan.check_mounts(DIRECTORY, mounts)
+        plan.check_mounts(DIRECTORY, table_of(*mounts))
 
 
 def test_target_with_mounts_in_it_is_refused_naming_some() -> None:
     mounts = [make_mount(f"{APP}/{name}\n") for name in "abcdefgh"]
     with pytest.raises(RefusedError, match=rf"has mounts in it: {APP}/a") as caught:
-        plan.check_mounts(DIRECTORY, mounts)
+        plan.check_mounts(DIRECTORY, table_of(*mounts))
     assert is_one_printable_line(caught.value.message)
     assert len(caught.value.message) < 300
 
