@@ -92,9 +92,8 @@ class Detach(Step):
                 return
             check_unused(run.record)
             if run.record.tree is not None and holders.runs_from(run.record.tree.fsid):
-                lazy = (
-                    True  # who removes an overlay on /usr/bin may well be the last to run from it
-                )
+                # Whoever removes an overlay on /usr/bin may well run from it.
+                lazy = True
                 continue
             # Nobody to name: somebody looked at the mount for a moment, as 'list' does.
             time.sleep(patience)

@@ -152,7 +152,7 @@ def test_long_file_is_read_in_a_time_that_does_not_explode(tmp_path: Path) -> No
 
 
 @one_file
-@given(text=st.text(alphabet=st.characters(exclude_categories=()), max_size=80))
+@given(text=st.text(alphabet=st.characters(blacklist_categories=()), max_size=80))
 def test_any_text_is_read_or_refused_and_nothing_else(tmp_path: Path, text: str) -> None:
     _requests_or_refusal(tmp_path, text)
 
@@ -195,7 +195,7 @@ def _requests_or_refusal(folder: Path, text: str) -> None:
 
 
 _utf8_paths = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=20
 ).map(lambda text: f"/{text}")
 
 

@@ -146,7 +146,7 @@ def test_toml_that_python_gives_up_on_is_refused_with_the_file(value: str) -> No
         parse(f"[limits]\noverlays = {value}", "the-file")
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=()), max_size=80))
+@given(st.text(alphabet=st.characters(blacklist_categories=()), max_size=80))
 def test_any_text_is_accepted_or_refused_and_nothing_else(text: str) -> None:
     _settings_or_refusal(text)
 

@@ -74,7 +74,7 @@ def test_every_name_the_rule_allows_is_accepted(name: str) -> None:
     assert check_name(name) == name
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=()), max_size=70))
+@given(st.text(alphabet=st.characters(blacklist_categories=()), max_size=70))
 def test_names_are_accepted_exactly_by_the_rule(name: str) -> None:
     good = 1 <= len(name) <= 64 and name[0] in _FIRST and set(name) <= _REST
     if good:
@@ -129,7 +129,7 @@ def test_what_is_no_positive_whole_number_with_a_unit_is_refused(text: str) -> N
     assert is_one_printable_line(caught.value.message)
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=()), max_size=12))
+@given(st.text(alphabet=st.characters(blacklist_categories=()), max_size=12))
 def test_any_text_is_a_positive_size_or_refused(text: str) -> None:
     try:
         size = parse_size(text)
@@ -165,7 +165,7 @@ def test_whole_units_are_written_the_way_they_are_read(number: int, unit: str) -
     assert human_size(parse_size(text)) == text
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=())) | absolute_paths)
+@given(st.text(alphabet=st.characters(blacklist_categories=())) | absolute_paths)
 def test_shown_text_is_always_one_printable_line(text: str) -> None:
     assert is_one_printable_line(shown(text))
 

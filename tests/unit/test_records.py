@@ -49,7 +49,7 @@ RECORDS: Final = st.builds(
     layers=st.lists(LAYERS, max_size=3).map(tuple),
     tree=st.none() | TREES,
     pending=st.none() | TREES,
-    deployment=st.none() | st.text(st.characters(exclude_characters="\0"), max_size=20),
+    deployment=st.none() | st.text(st.characters(blacklist_characters="\0"), max_size=20),
 )
 
 JSON: Final = st.recursive(
