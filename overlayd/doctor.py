@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd import features, mountinfo, reconcile
+from overlayd import features, mountinfo, reconcile, state
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import State, human_size, shown
@@ -157,10 +157,8 @@ def _world(report: Report) -> None:
 
     store = Store(warn)
     try:
-        if not store.exists():
-            return
         overlays = Observer(warn=warn).list()
-        records = store.records()
+        records = store.records() if store.exists() else []
     except OverlaydError as error:
         report.note(error.message, error.hint or "see the documentation", fatal=True)
         return
@@ -176,12 +174,17 @@ def _world(report: Report) -> None:
                 f"{record.name}: something is mounted over {shown(record.mount_point)}",
                 f"findmnt {shown(record.mount_point)}",
             )
+        for part in state.missing_storage(record):
+            report.note(
+                f"{record.name}: its storage {part} was unmounted; what needs it fails",
+                f"overlayd remove {record.name}, then apply it again",
+            )
     table = mountinfo.read()
     for mount in reconcile.leftovers(table, records):
         whose = (
             "'overlayd cleanup' removes it"
             if reconcile.proven(mount)
-            else "it cannot be proven to be overlayd's, so it is left alone"
+            else "it cannot be proven to be overlayd's; to end it, unmount it"
         )
         report.note(
             f"a mount tagged {shown(mount.source)} without a record: {shown(mount.mount_point)}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from overlayd import layers, overlayfs, targets
 from overlayd import syscalls as sys
-from overlayd.errors import KernelError, OverlaydError, from_oserror
+from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
 from overlayd.executor import Step
 from overlayd.model import Phase, Record, SourceKind, Tree, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
@@ -267,7 +267,12 @@ class BuildOverlay(Step):
         with contextlib.ExitStack() as stack:
 
             def opened(path: str) -> int:
-                fd = os.open(path, OPEN_DIRECTORY)
+                try:
+                    fd = os.open(path, OPEN_DIRECTORY)
+                except FileNotFoundError:
+                    message = f"storage of {record.name} is gone: {os.path.dirname(path)}"
+                    hint = f"somebody unmounted it; overlayd remove {record.name}"
+                    raise NotFoundError(message, hint=hint) from None
                 stack.callback(os.close, fd)
                 return fd
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from overlayd import mountinfo
 from overlayd import syscalls as sys
 from overlayd.model import Overlay, Phase, State, Storage
-from overlayd.store import not_found, storage_path, upper_name
+from overlayd.store import LAYER, not_found, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -80,10 +80,27 @@ def with_storage(overlay: Overlay) -> Overlay:
         except OSError:
             storage = None
         else:
-            storage = Storage(
-                size_bytes=facts.size,
-                used_bytes=facts.size - facts.free,
-                inodes=facts.files,
-                used_inodes=facts.files - facts.ffree,
-            )
+            storage = None
+            if facts.fsid == tree.fsid:  # else somebody unmounted it, and that is what lies beneath
+                storage = Storage(
+                    size_bytes=facts.size,
+                    used_bytes=facts.size - facts.free,
+                    inodes=facts.files,
+                    used_inodes=facts.files - facts.ffree,
+                )
     return replace(overlay, storage=storage)
+
+
+def missing_storage(record: Record) -> list[str]:
+    """Return the parts of an overlay's storage that somebody unmounted."""
+    if record.tree is None:
+        return []
+    missing = []
+    for part in (LAYER, upper_name(record.tree.upper)):
+        try:
+            mounted = sys.statx(sys.AT_FDCWD, storage_path(record.uuid, part)).mount_root
+        except OSError:
+            mounted = False
+        if not mounted:
+            missing.append(part)
+    return missing

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import pytest
 
 from overlayd import config, doctor, mountinfo
-from overlayd.errors import OverlaydError
+from overlayd.errors import NotFoundError, OverlaydError
 from tests.mounts.conftest import COMMAND, EMPTY_CONFIG, PLAY, ROOT, RUN, mount
 from tests.mounts.processes import as_nobody
 
@@ -191,6 +191,40 @@ def test_covered_overlay_is_named(world: World) -> None:
     assert problem["text"] == f"fix: something is mounted over {base}"
     assert problem["hint"] == f"findmnt {base}"
     assert not problem["fatal"]
+
+
+@pytest.mark.parametrize("part", ["layer", "upper.1"])
+def test_storage_that_somebody_unmounted_is_told_and_does_not_stand_in_the_way(
+    world: World, part: str
+) -> None:
+    base = world.base("app", FILES)
+    uuid = world.apply("fix", world.source("s", NEW), base).record.uuid
+    assert examine()["problems"] == []
+    subprocess.run(["umount", "--lazy", RUN / "storage" / uuid / part], check=True)
+    (problem,) = examine()["problems"]
+    assert problem["text"].startswith(f"fix: its storage {part} was unmounted")
+    storage = world.manager().status("fix").storage
+    assert (storage is None) == (part == "upper.1"), "the figures of what lies beneath mean nothing"
+    if part == "layer":
+        with pytest.raises(NotFoundError, match="storage of fix is gone") as caught:
+            world.manager().reset("fix", 1)
+        assert caught.value.hint is not None
+        assert (base / "a").read_text() == "new a"
+    world.manager().reset("fix", 0)
+    assert (base / "a").read_text() == "base a"
+    world.manager().remove("fix")
+    assert world.leftovers() == []
+
+
+def test_overlays_that_outlive_the_world_are_told(world: World) -> None:
+    base = world.base("app", FILES)
+    world.apply("fix", world.source("s", NEW), base)
+    subprocess.run(["umount", "--recursive", "--lazy", RUN], check=True)
+    (problem,) = examine()["problems"]
+    assert problem["text"].endswith(f"without a record: {base}")
+    assert "unmount it" in problem["hint"]
+    subprocess.run(["umount", base], check=True)
+    assert examine()["problems"] == []
 
 
 def test_orphan_and_record_in_quarantine_are_named_and_cleanup_ends_both(world: World) -> None:
