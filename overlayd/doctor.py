@@ -162,6 +162,7 @@ def _world(report: Report) -> None:
     except OverlaydError as error:
         report.note(error.message, error.hint or "see the documentation", fatal=True)
         return
+    table = mountinfo.read()
     for overlay in overlays:
         record = overlay.record
         if overlay.state is State.LOST:
@@ -170,16 +171,16 @@ def _world(report: Report) -> None:
                 f"overlayd remove {record.name}",
             )
         elif overlay.state is State.COVERED:
+            by = ", ".join(shown(m.mount_point) for m in table.covering(record.mount_point))
             report.note(
                 f"{record.name}: something is mounted over {shown(record.mount_point)}",
-                f"findmnt {shown(record.mount_point)}",
+                f"findmnt {by or shown(record.mount_point)}",
             )
         for part in state.missing_storage(record):
             report.note(
                 f"{record.name}: its storage {part} was unmounted; what needs it fails",
                 f"overlayd remove {record.name}, then apply it again",
             )
-    table = mountinfo.read()
     for mount in reconcile.leftovers(table, records):
         whose = (
             "'overlayd cleanup' removes it"

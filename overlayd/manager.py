@@ -188,7 +188,7 @@ class Manager(Observer):
         """
 
         def steps(overlay: Overlay, table: Table) -> tuple[Operation, ...]:
-            return plan.plan_reset(overlay, version, table.within(overlay.record.mount_point))
+            return plan.plan_reset(overlay, version, plan.mounts_around(overlay, table))
 
         run = self._change(name, steps, progress)
         try:
@@ -207,8 +207,8 @@ class Manager(Observer):
         def steps(overlay: Overlay, table: Table) -> tuple[Operation, ...]:
             record = overlay.record
             copied = len(table.tagged.get(record.uuid, [])) > 1
-            inside = table.within(record.mount_point)
-            return plan.plan_remove(overlay, inside, lazy=lazy, copied=copied)
+            around = plan.mounts_around(overlay, table)
+            return plan.plan_remove(overlay, around, lazy=lazy, copied=copied)
 
         run = self._change(name, steps, progress)
         try:

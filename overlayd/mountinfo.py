@@ -152,6 +152,17 @@ class Table:
             if mount.mount_point == path
         )
 
+    def covering(self, path: str) -> list[Mount]:
+        """Return the mount that a user sees at *path*, which may lie on a directory above.
+
+        Where *path* cannot be reached, there is none to name.
+        """
+        try:
+            top = top_mount_id(path)
+        except OSError:
+            return []
+        return [mount for mount in self if mount.mount_id == top]
+
     def count(self, path: str) -> int:
         """Return how many mounts there are at or inside *path*."""
         return sum(part.stop - part.start for part in _stretches(self._points, path))

@@ -120,13 +120,10 @@ def check_mounts(place: Place, table: Table) -> None:
     for mount in within:
         if mount.tag is not None:
             message = f"another overlay lies on {shown(mount.mount_point)}"
-            raise ExistsError(message, hint="remove it; 'overlayd cleanup', if it has no name")
-    names = ", ".join(
-        f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
-        for mount in within[:_MAX_NAMES]
-    )
+            hint = "remove it; if it has no name, 'overlayd cleanup' or umount --lazy"
+            raise ExistsError(message, hint=hint)
     where = "is a mount point" if within[0].mount_point == place.mount_point else "has mounts in it"
-    message = f"TARGET {shown(place.mount_point)} {where}: {names}"
+    message = f"TARGET {shown(place.mount_point)} {where}: {_named(within)}"
     raise RefusedError(message, hint="overlayd covers nobody else's mounts")
 
 
@@ -210,7 +207,7 @@ def _upper(record: Record, tree: Tree) -> list[Operation]:
     ]
 
 
-def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple[Operation, ...]:
+def plan_reset(overlay: Overlay, version: int, around: Sequence[Mount]) -> tuple[Operation, ...]:
     """Return what takes the overlay to *version*, with nothing of the edits since.
 
     :raises NotFoundError: if there is no such version.
@@ -221,7 +218,7 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
         message = f"{record.name} has no version {version}"
         known = ", ".join(str(layer.version) for layer in record.layers)
         raise NotFoundError(message, hint=f"it has 0 (the base) and {known}")
-    present = _in_place(overlay, inside)
+    present = _in_place(overlay, around)
     tree = Tree(version=version, upper=present.upper + 1)
     steps: list[Operation] = [
         ops.Announce(tree),
@@ -238,7 +235,7 @@ def plan_reset(overlay: Overlay, version: int, inside: Sequence[Mount]) -> tuple
 
 
 def plan_remove(
-    overlay: Overlay, inside: Sequence[Mount], *, lazy: bool, copied: bool = False
+    overlay: Overlay, around: Sequence[Mount], *, lazy: bool, copied: bool = False
 ) -> tuple[Operation, ...]:
     """Return what takes the overlay away; *copied* if this namespace has a second mount of it.
 
@@ -246,7 +243,7 @@ def plan_remove(
     """
     steps: list[Operation] = [removal.MarkRemoving(overlay.record)]
     if overlay.state is not State.LOST:
-        _in_place(overlay, inside)
+        _in_place(overlay, around)
         if not lazy:
             steps.append(removal.CheckUnused(copied))
         steps.append(removal.Detach(overlay.record.mount_point, lazy))
@@ -254,7 +251,7 @@ def plan_remove(
     return (*steps, ops.DropStorage(), removal.Retire(lazy))
 
 
-def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:
+def _in_place(overlay: Overlay, around: Sequence[Mount]) -> Tree:
     """Return the tree that is attached, if the overlay can be worked on.
 
     :raises NotFoundError: if the mount is gone.
@@ -264,14 +261,25 @@ def _in_place(overlay: Overlay, inside: Sequence[Mount]) -> Tree:
     if overlay.state is State.LOST or record.tree is None:
         message = f"the mount of {record.name} is gone from {shown(record.mount_point)}"
         raise NotFoundError(message, hint=f"overlayd remove {record.name}")
-    others = [
-        mount
-        for mount in inside
-        if mount.tag != record.uuid
-        and (overlay.state is State.COVERED or mount.mount_point != record.mount_point)
-    ]
-    if overlay.state is State.COVERED or others:
-        names = ", ".join(shown(mount.mount_point) for mount in others[:_MAX_NAMES])
-        message = f"something is mounted over or inside {record.name}: {names or 'its parent'}"
-        raise BusyError(message, hint="unmount that first; 'findmnt' shows it")
+    others = [mount for mount in around if mount.tag != record.uuid]
+    if overlay.state is State.COVERED:
+        message = f"something is mounted over {record.name}: {_named(others) or 'a parent of it'}"
+        raise BusyError(message, hint="only when that is gone can the overlay be changed")
+    if inside := [mount for mount in others if mount.mount_point != record.mount_point]:
+        message = f"something is mounted inside {record.name}: {_named(inside)}"
+        raise BusyError(message, hint="unmount that first")
     return record.tree
+
+
+def _named(mounts: Sequence[Mount]) -> str:
+    return ", ".join(
+        f"{shown(mount.mount_point)} ({shown(mount.fstype)} of {shown(mount.source)})"
+        for mount in mounts[:_MAX_NAMES]
+    )
+
+
+def mounts_around(overlay: Overlay, table: Table) -> list[Mount]:
+    """Return what may stand in the way of a change: what covers the overlay, or lies inside."""
+    if overlay.state is State.COVERED:
+        return table.covering(overlay.record.mount_point)
+    return table.within(overlay.record.mount_point)
