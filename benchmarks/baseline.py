@@ -167,7 +167,7 @@ def _overlay(lowers: tuple[int, ...], upper_fd: int, work_fd: int) -> int:
         ("index", "off"),
         ("nfs_export", "off"),
         ("xino", "off"),
-        ("uuid", "off"),
+        ("uuid", "null"),
         ("redirect_dir", "on"),
         ("lowerdir", ":".join(f"/proc/self/fd/{fd}" for fd in lowers)),
         ("upperdir", f"/proc/self/fd/{upper_fd}"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who uses an overlay: every process, in every mount namespace, before and after a detach.
 
-An overlay made with ``uuid=off`` reports the f_fsid of its storage, which tmpfs draws at random.
+An overlay made as ours are reports the f_fsid of its storage, which tmpfs draws at random.
 So ``statfs`` on whatever a process holds (working directory, root, program, descriptors, mapped
 files) tells, whether the mount still has a path or not.  ``st_dev`` would not: files of an
 overlay carry their layer's.

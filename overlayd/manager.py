@@ -166,7 +166,7 @@ class Manager(Observer):
             owner=os.getuid(),
             session_id=_session(),
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            deployment=None if (deployment := ostree.booted()) is None else str(deployment),
+            deployment=str(booted) if (booted := ostree.booted()) and booted.name else None,
         )
 
     def describe(self, request: Request, progress: Progress) -> list[str]:

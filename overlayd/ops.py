@@ -276,6 +276,8 @@ class BuildOverlay(Step):
                 stack.callback(os.close, fd)
                 return fd
 
+            if run.base_mount_fd >= 0 and not overlayfs.takes_detached_layers(base):
+                base = _stage_base(run)
             top = storage_path(record.uuid, upper_name(self.tree.upper))
             upper = opened(f"{top}/upper")
             lowers, layer = [base], -1
@@ -293,16 +295,7 @@ class BuildOverlay(Step):
             try:
                 run.overlay_fd = overlayfs.make_overlay(record.uuid, lowers, upper_work, attributes)
             except OSError as error:
-                if error.errno != errno.EINVAL or run.base_mount_fd < 0 or run.base_staged:
-                    raise _build_error(error, base) from None
-                # Before Linux 6.15 every layer must lie on an attached mount.
-                lowers[-1] = base = _stage_base(run)
-                try:
-                    run.overlay_fd = overlayfs.make_overlay(
-                        record.uuid, lowers, upper_work, attributes
-                    )
-                except OSError as again:
-                    raise _build_error(again, base) from None
+                raise _build_error(error, base) from None
             _check_overlay(run.overlay_fd, base, layer)
         run.built = Tree(
             version=self.tree.version,

@@ -13,26 +13,27 @@ from overlayd.model import shown
 _BOOTED: Final = "/run/ostree-booted"
 _CMDLINE: Final = "/proc/cmdline"
 _PARTS: Final = 5
+_SYSROOT: Final = "/sysroot"
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The booted deployment: its stateroot ("OS name"), its boot checksum and its serial."""
+    """The booted deployment: its stateroot ("OS name") and its ``CHECKSUM.SERIAL``, if known."""
 
     stateroot: str
-    checksum: str
-    serial: str
+    name: str | None = None
 
     def __str__(self) -> str:
-        """Return ``STATEROOT/CHECKSUM.SERIAL``."""
-        return f"{self.stateroot}/{self.checksum}.{self.serial}"
+        """Return ``STATEROOT/CHECKSUM.SERIAL``, as ``ostree admin status`` names it."""
+        return f"{self.stateroot}/{self.name or 'unknown'}"
 
 
 def booted() -> Deployment | None:
     """Return the booted deployment, None on a machine that is not booted from OSTree.
 
-    The kernel's argument is ``ostree=/ostree/boot.N/STATEROOT/CHECKSUM/SERIAL`` (ostree-prepare-
-    root(1)); ``/run/ostree-booted`` says that it was followed.
+    The kernel's argument is ``ostree=/ostree/boot.N/STATEROOT/BOOTCHECKSUM/NUMBER``, in the physical
+    root a link to the deployment (ostree-prepare-root(1)); ``/run/ostree-booted`` says that it was
+    followed.
     """
     if not os.path.lexists(_BOOTED):
         return None
@@ -42,8 +43,16 @@ def booted() -> Deployment | None:
         if word.startswith("ostree="):
             parts = word.removeprefix("ostree=").strip("/").split("/")
             if len(parts) == _PARTS and parts[0] == "ostree" and parts[1].startswith("boot."):
-                return Deployment(*parts[2:])
+                return Deployment(parts[2], _linked("/".join(parts)))
     return None
+
+
+def _linked(path: str) -> str | None:
+    """Return the deployment's own name; None where the physical root cannot be read."""
+    try:
+        return os.path.basename(os.readlink(f"{_SYSROOT}/{path}")) or None
+    except OSError:
+        return None
 
 
 def check_stateroot(name: str, deployment: Deployment | None) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 from enum import StrEnum
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from overlayd import mountinfo
@@ -30,13 +31,12 @@ _OPTIONS: Final = (
     ("index", "off"),
     ("nfs_export", "off"),
     ("xino", "off"),
-    ("uuid", "off"),
     ("redirect_dir", "on"),
 )
 """Every option that matters is stated: module parameters would decide otherwise.
 
 ``redirect_dir=on`` because dpkg renames directories; safe, as layers carry no attributes of
-others.  ``uuid=off`` makes f_fsid that of the storage, by which holders are found.
+others.  For ``uuid``, which has to do with f_fsid, see :func:`_uuid_options`.
 """
 
 
@@ -80,6 +80,47 @@ def make_read_only(mount_fd: int) -> None:
         os.close(context)
 
 
+@cache
+def _uuid_options() -> tuple[tuple[str, str], ...]:
+    """Return what makes f_fsid that of the storage, by which holders are found, without a warning.
+
+    That is ``uuid=null`` (Linux 6.6), and no option before: then it always is.  ``off`` is for
+    layers on one filesystem, which ours never are.  The old way of mounting (before 6.5) takes any
+    option here, and refuses it later.
+    """
+    context = sys.fsopen("overlay")
+    try:
+        sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "uuid", "null")
+        try:
+            sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "overlayd", "unknown")
+        except OSError:
+            return (("uuid", "null"),)
+    except OSError:
+        pass
+    finally:
+        os.close(context)
+    return ()
+
+
+def takes_detached_layers(directory: int) -> bool:
+    """Whether an overlay can be made of *directory* on a mount that was never attached (6.15).
+
+    By asking: an attempt that fails leaves an error in the kernel's log.
+    """
+    path = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        context = sys.fsopen("overlay")
+        try:
+            sys.fsconfig_fd(context, "lowerdir+", path)
+        except OSError:
+            return False
+        finally:
+            os.close(context)
+    finally:
+        os.close(path)
+    return True
+
+
 def make_overlay(
     tag: str, lowers: Sequence[int], upper_work: tuple[int, int] | None, attributes: int
 ) -> int:
@@ -90,7 +131,7 @@ def make_overlay(
     context = sys.fsopen("overlay")
     try:
         sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "source", f"{TAG_PREFIX}{tag}")
-        for key, value in _OPTIONS:
+        for key, value in (*_OPTIONS, *_uuid_options()):
             sys.fsconfig(context, sys.FSCONFIG_SET_STRING, key, value)
         sys.fsconfig(
             context,

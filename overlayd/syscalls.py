@@ -37,6 +37,7 @@ FSPICK_EMPTY_PATH: Final = 8
 FSMOUNT_CLOEXEC: Final = 1
 FSCONFIG_SET_FLAG: Final = 0
 FSCONFIG_SET_STRING: Final = 1
+FSCONFIG_SET_FD: Final = 5
 FSCONFIG_CMD_CREATE: Final = 6
 FSCONFIG_CMD_RECONFIGURE: Final = 7
 
@@ -246,13 +247,22 @@ def fsconfig(fd: int, command: int, key: str | None = None, value: str | None = 
 
     The kernel's message log of the context is put into the error, where there is one.
     """
+    _fsconfig(fd, command, key, value, 0)
+
+
+def fsconfig_fd(fd: int, key: str, value: int) -> None:
+    """Set one option of the context *fd* to the descriptor *value*."""
+    _fsconfig(fd, FSCONFIG_SET_FD, key, None, value)
+
+
+def _fsconfig(fd: int, command: int, key: str | None, value: str | None, number: int) -> None:
     result: int = _syscall(
         ctypes.c_long(_NR_FSCONFIG),
         ctypes.c_int(fd),
         ctypes.c_uint(command),
         ctypes.c_char_p(None if key is None else key.encode()),
         ctypes.c_char_p(None if value is None else os.fsencode(value)),
-        ctypes.c_int(0),
+        ctypes.c_int(number),
     )
     if result < 0:
         error = _fail("fsconfig")

@@ -54,16 +54,25 @@ def test_booted_stateroot_is_accepted_and_any_other_names_the_booted_one(
     assert done.stdout == ""
 
 
-def test_overlay_says_which_deployment_it_was_made_on(world: World) -> None:
+def test_overlay_says_which_deployment_it_was_made_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     boot()
-    overlay = world.apply("fix", world.source("s", NEW), world.base("app", FILES))
-    assert overlay.record.deployment == f"debian/{CHECKSUM}.0"
+    source = world.source("s", NEW)
+    overlay = world.apply("unknown", source, world.base("other", FILES))
+    assert overlay.record.deployment is None
+    monkeypatch.setattr(ostree, "_SYSROOT", "/run/sysroot")
+    entry = Path(f"/run/sysroot/ostree/boot.1/debian/{CHECKSUM}/0")
+    entry.parent.mkdir(parents=True)
+    entry.symlink_to("../../../deploy/debian/deploy/4567.3")
+    overlay = world.apply("fix", source, world.base("app", FILES))
+    assert overlay.record.deployment == "debian/4567.3"
     shown = world.json("status", "fix")
     assert isinstance(shown, dict)
-    assert shown["deployment"] == f"debian/{CHECKSUM}.0"
-    assert f"deployment:  debian/{CHECKSUM}.0" in world.run("status", "fix").stdout
+    assert shown["deployment"] == "debian/4567.3"
+    assert "deployment:  debian/4567.3" in world.run("status", "fix").stdout
     world.manager().reset("fix", 0)
-    assert world.manager().status("fix").record.deployment == f"debian/{CHECKSUM}.0"
+    assert world.manager().status("fix").record.deployment == "debian/4567.3"
 
 
 @OPTION
@@ -82,11 +91,11 @@ def test_machine_not_booted_from_ostree_refuses_the_option_and_does_everything_e
 
 
 @pytest.mark.parametrize(
-    ("argument", "deployment"),
+    ("argument", "stateroot"),
     [
-        (f"ostree=/ostree/boot.0/debian/{CHECKSUM}/1", f"debian/{CHECKSUM}.1"),
-        (f"ostree=/ostree/boot.1.1/my-os/{CHECKSUM}/0", f"my-os/{CHECKSUM}.0"),
-        (f"ostree=ostree/boot.1/debian/{CHECKSUM}/0", f"debian/{CHECKSUM}.0"),
+        (f"ostree=/ostree/boot.0/debian/{CHECKSUM}/1", "debian"),
+        (f"ostree=/ostree/boot.1.1/my-os/{CHECKSUM}/0", "my-os"),
+        (f"ostree=ostree/boot.1/debian/{CHECKSUM}/0", "debian"),
         ("", None),
         ("ostree=", None),
         ("ostree=/ostree/boot.1/debian", None),
@@ -94,15 +103,13 @@ def test_machine_not_booted_from_ostree_refuses_the_option_and_does_everything_e
         (f"xostree=/ostree/boot.1/debian/{CHECKSUM}/0", None),
     ],
 )
-def test_deployment_is_read_from_the_argument_that_the_kernel_was_given(
-    world: World, argument: str, deployment: str | None
+def test_stateroot_is_read_from_the_argument_that_the_kernel_was_given(
+    world: World, argument: str, stateroot: str | None
 ) -> None:
     boot(argument)
     found = ostree.booted()
-    assert (None if found is None else str(found)) == deployment
-    overlay = world.apply("fix", world.source("s", NEW), world.base("app", FILES))
-    assert overlay.record.deployment == deployment
-    if deployment is None:
+    assert (None if found is None else found.stateroot) == stateroot
+    if stateroot is None:
         with pytest.raises(RefusedError, match="not booted from OSTree"):
             ostree.check_stateroot("debian", found)
 

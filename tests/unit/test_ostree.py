@@ -30,13 +30,19 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     monkeypatch.setattr(ostree, "_BOOTED", str(tmp_path / "booted"))
     monkeypatch.setattr(ostree, "_CMDLINE", str(tmp_path / "cmdline"))
+    monkeypatch.setattr(ostree, "_SYSROOT", str(tmp_path / "sysroot"))
     return boot
 
 
-def test_deployment_is_read_from_the_kernel_argument(machine: Callable[[str], None]) -> None:
+def test_deployment_is_what_the_kernel_argument_leads_to(
+    machine: Callable[[str], None], tmp_path: Path
+) -> None:
     machine(f"root=UUID=1 rw {ARGUMENT} quiet\n")
-    assert booted() == Deployment("debian", CHECKSUM, "0")
-    assert str(booted()) == f"debian/{CHECKSUM}.0"
+    assert booted() == Deployment("debian", None), "no physical root to look at"
+    entry = tmp_path / f"sysroot/ostree/boot.1/debian/{CHECKSUM}/0"
+    entry.parent.mkdir(parents=True)
+    entry.symlink_to(f"../../../deploy/debian/deploy/{'cd' * 32}.1")
+    assert str(booted()) == f"debian/{'cd' * 32}.1"
 
 
 def test_argument_without_the_mark_in_run_means_no_deployment(
@@ -69,13 +75,13 @@ def test_malformed_argument_means_no_deployment(
 
 
 def test_booted_stateroot_is_accepted() -> None:
-    check_stateroot("debian", Deployment("debian", CHECKSUM, "0"))
+    check_stateroot("debian", Deployment("debian", f"{CHECKSUM}.0"))
 
 
 @pytest.mark.parametrize("name", ["other", "", "Debian", "debian ", "deb", "a\nb\udcff"])
 def test_other_stateroot_is_refused_naming_the_booted_one(name: str) -> None:
     with pytest.raises(RefusedError) as caught:
-        check_stateroot(name, Deployment("debian", CHECKSUM, "0"))
+        check_stateroot(name, Deployment("debian", f"{CHECKSUM}.0"))
     assert "'debian'" in caught.value.message
     assert is_one_printable_line(caught.value.message)
 
