@@ -140,18 +140,6 @@ class Table:
         points = self._points
         return [parse_line(line) for part in _stretches(points, path) for _, line in points[part]]
 
-    def rebound(self, path: str) -> bool:
-        """Whether what is mounted at *path*, a directory of ``/``, is that directory itself.
-
-        So OSTree makes ``/usr`` read-only: it shows what lies beneath it.
-        """
-        tops = [mount for mount in self.within("/") if mount.mount_point == "/"]
-        return bool(tops) and all(
-            (mount.st_dev, mount.root) == (tops[-1].st_dev, tops[-1].root.rstrip("/") + path)
-            for mount in self.within(path)
-            if mount.mount_point == path
-        )
-
     def covering(self, path: str) -> list[Mount]:
         """Return the mount that a user sees at *path*, which may lie on a directory above.
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from overlayd import state
-from overlayd.errors import NoPermissionError, NotFoundError
+from overlayd.errors import BusyError, NoPermissionError, NotFoundError
 from overlayd.model import Phase, State, check_name
 from overlayd.mountinfo import Watcher
 from overlayd.store import Store, not_found
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from overlayd.model import Overlay, Record
     from overlayd.mountinfo import Table
+
+
+_PATIENCE: Final = 0.5
+"""Seconds that a look waits for a change under way."""
 
 
 class Observer:
@@ -54,9 +58,13 @@ class Observer:
         if overlay.state is State.ACTIVE and record.phase is Phase.ACTIVE:
             return overlay
         try:
-            lock = self._store.lock(record)
+            lock = self._store.lock(record, _PATIENCE)
         except NotFoundError:
             return None
+        except BusyError as error:
+            # It hangs, or was stopped: all the more reason to show what there is.
+            self._warn(error.message)
+            return overlay
         try:
             fresh = self._store.get(record.uuid)
             if fresh is None or fresh.phase is Phase.DRAINING:

@@ -13,7 +13,7 @@ from overlayd import layers, overlayfs, targets
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
 from overlayd.executor import Step
-from overlayd.model import Phase, Record, SourceKind, Tree, counted, human_size, shown
+from overlayd.model import USR, Phase, Record, SourceKind, Tree, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY, Limits
 
@@ -197,13 +197,20 @@ class OpenBase(Step):
         return f"reach the base of {shown(self.mount_point)} beneath the overlay"
 
     def apply(self, run: Run) -> None:
-        """Clone the parent, not recursively, and open the base in it."""
-        parent = targets.open_parent(self.mount_point)
-        try:
-            run.base_mount_fd = overlayfs.clone(parent)
-        finally:
-            os.close(parent)
-        run.base_name = "." if self.entry else self.mount_point.rpartition("/")[2]
+        """Clone the parent, not recursively, and open the base in it.
+
+        ``/usr`` may be a mount itself, which its parent does not show.
+        """
+        if self.mount_point == USR:
+            run.base_mount_fd = overlayfs.clone_covered(USR)
+            run.base_name = "."
+        else:
+            parent = targets.open_parent(self.mount_point)
+            try:
+                run.base_mount_fd = overlayfs.clone(parent)
+            finally:
+                os.close(parent)
+            run.base_name = "." if self.entry else self.mount_point.rpartition("/")[2]
         run.base_fd = os.open(run.base_name, OPEN_DIRECTORY, dir_fd=run.base_mount_fd)
 
     def undo(self, run: Run) -> None:

@@ -31,9 +31,9 @@ class Deployment:
 def booted() -> Deployment | None:
     """Return the booted deployment, None on a machine that is not booted from OSTree.
 
-    The kernel's argument is ``ostree=/ostree/boot.N/STATEROOT/BOOTCHECKSUM/NUMBER``, in the physical
-    root a link to the deployment (ostree-prepare-root(1)); ``/run/ostree-booted`` says that it was
-    followed.
+    The kernel's argument is ``ostree=/ostree/boot.N/STATEROOT/BOOTCHECKSUM/NUMBER``, in the
+    physical root a link to the deployment (ostree-prepare-root(1)); ``/run/ostree-booted`` says
+    that it was followed.
     """
     if not os.path.lexists(_BOOTED):
         return None

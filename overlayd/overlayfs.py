@@ -199,6 +199,32 @@ def clone(fd: int) -> int:
     return sys.open_tree(fd, "", sys.OPEN_TREE_CLONE | sys.AT_EMPTY_PATH)
 
 
+def clone_covered(path: str) -> int:
+    """Return a detached copy of the mount that the topmost one at *path* lies on.
+
+    That is taken off in a mount namespace that a thread has for itself, so nobody sees it.
+    """
+    from threading import Thread  # noqa: PLC0415  # rarely needed, and slow to load
+
+    found: list[int | OSError] = []
+
+    def look() -> None:
+        try:
+            sys.unshare(sys.CLONE_NEWNS)
+            sys.mount_propagation("/", sys.MS_REC | sys.MS_PRIVATE)
+            sys.umount2(path, sys.MNT_DETACH)
+            found.append(sys.open_tree(sys.AT_FDCWD, path, sys.OPEN_TREE_CLONE))
+        except OSError as error:
+            found.append(error)
+
+    thread = Thread(target=look)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return found[0]
+
+
 def put_beneath(
     new_fd: int,
     place: str,

@@ -107,13 +107,14 @@ def _nesting(place: Place, record: Record) -> ExistsError:
 def check_mounts(place: Place, table: Table) -> None:
     """Refuse a target that has mounts on it or beneath it, naming them.
 
-    ``/usr`` itself may be a mount of itself, which changes nothing of what is beneath it.
+    ``/usr`` itself is a mount on every OSTree machine, and on many others.  What somebody stacked
+    on it for a while (an extension, ``ostree admin unlock``) may go any time and is no base.
 
     :raises ExistsError: if one is an overlay of overlayd's, made since the records were read.
     :raises RefusedError: if there is another.
     """
     within = table.within(place.mount_point)
-    if place.mount_point == USR and table.rebound(USR):
+    if place.mount_point == USR and all(m.fstype != "overlay" for m in within):
         within = [mount for mount in within if mount.mount_point != USR]
     if not within:
         return

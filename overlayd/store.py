@@ -181,13 +181,13 @@ class Store(World):
             return None
         return Lock(fd)
 
-    def lock(self, record: Record) -> Lock:
-        """Take the overlay's lock, waiting a moment for a short operation to end.
+    def lock(self, record: Record, patience: float = _PATIENCE) -> Lock:
+        """Take the overlay's lock, waiting *patience* seconds for a short operation to end.
 
         :raises BusyError: if another command keeps it.
         :raises NotFoundError: if the overlay goes away meanwhile.
         """
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + patience
         while True:
             try:
                 lock = self.try_lock(record.uuid)

@@ -13,23 +13,24 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import config, mountinfo
+from overlayd import config, features, mountinfo
 from overlayd import syscalls as sc
 from overlayd.manager import Manager
 from overlayd.model import Options, Overlay, Request
+from overlayd.overlayfs import Exchange
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from overlayd.executor import Operation
-    from overlayd.overlayfs import Exchange
 
 PLAY = Path("/usr/src")
 RUN = Path("/run/overlayd")
@@ -40,6 +41,30 @@ ROOT = Path(__file__).parents[2]
 CLONE_FS = 0x200
 _machine: list[int] = []
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _ways() -> list[Exchange]:
+    """Return the ways of exchange that this kernel has."""
+    if os.geteuid() != 0:
+        return list(Exchange)  # every test is skipped
+    with warnings.catch_warnings():
+        # Python 3.12 warns of a fork beside threads, which xdist has; the child needs none.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        beneath = features.probe().works("exchange by MOVE_MOUNT_BENEATH")
+    return [way for way in Exchange if way is not Exchange.BENEATH or beneath]
+
+
+WAYS = _ways()
+EACH_WAY = [
+    pytest.param(
+        way,
+        id=way,
+        marks=pytest.mark.skipif(
+            way not in WAYS, reason=f"this kernel cannot exchange by {way} (Linux 6.5)"
+        ),
+    )
+    for way in Exchange
+]
 
 
 def mount(source: str, target: Path | str, fstype: str, options: str = "", flags: int = 0) -> None:

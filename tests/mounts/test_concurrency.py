@@ -7,14 +7,16 @@ import multiprocessing
 import os
 import random
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from overlayd import targets
 from overlayd.errors import BusyError, ExistsError, OverlaydError
-from overlayd.model import Request
+from overlayd.model import Phase, Request
 from overlayd.progress import Progress
+from overlayd.store import Store
 from tests.mounts.conftest import PLAY, World, snapshot
 
 if TYPE_CHECKING:
@@ -206,3 +208,21 @@ def test_a_storm_of_random_commands_ends_consistent(world: World) -> None:
         world.manager().remove(overlay.record.name)
     assert snapshot(PLAY) == before
     assert world.leftovers() == []
+
+
+def test_command_that_hangs_in_the_middle_does_not_keep_others_from_looking(world: World) -> None:
+    base = world.base("app", {"a": "base"})
+    source = world.source("s", {"a": "new"})
+    world.apply("hangs", source, base)
+    world.apply("other", source, world.base("other", {"a": "base"}))
+    store = Store(world.warnings.append)
+    (record,) = [known for known in store.records() if known.name == "hangs"]
+    lock = store.lock(record)
+    store.write(record.with_(phase=Phase.REMOVING))
+    started = time.monotonic()
+    listed = {o.record.name: o.state for o in world.manager().list()}
+    assert time.monotonic() - started < 5
+    assert listed == {"hangs": "active", "other": "active"}
+    assert world.warnings == ["another command is working on hangs"]
+    lock.release()
+    assert len(world.manager().list()) == 2, "its removal had not begun"

@@ -15,9 +15,8 @@ import pytest
 
 from overlayd.errors import InterruptedByUserError, OverlaydError
 from overlayd.model import Request
-from overlayd.overlayfs import Exchange
 from overlayd.progress import Progress
-from tests.mounts.conftest import COMMAND, ROOT, snapshot
+from tests.mounts.conftest import COMMAND, EACH_WAY, ROOT, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from overlayd.executor import Operation
     from overlayd.manager import Manager
+    from overlayd.overlayfs import Exchange
     from tests.mounts.conftest import World
 
 FILES = {"a": "base a", "sub/b": "base b"}
@@ -43,7 +43,7 @@ def count_points(world: World, work: Callable[[Manager], object]) -> int:
 
 
 def run_and_die_at(
-    world: World, point: int, way: Exchange, work: Callable[[Manager], object]
+    world: World, point: int, way: Exchange | None, work: Callable[[Manager], object]
 ) -> None:
     """Do *work* in a child that kills itself at its trace point number *point*."""
     child = os.fork()
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[bool, Callable[[Manager, Path, Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("way", list(Exchange))
+@pytest.mark.parametrize("way", EACH_WAY)
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_any_step_it_is_wholly_there_or_wholly_gone(
     either_world: World, case: str, way: Exchange
@@ -248,7 +248,7 @@ def test_whatever_command_comes_next_it_frees_what_a_killed_apply_held(
     run_and_die_at(
         world,
         5,
-        Exchange.BENEATH,
+        None,
         lambda m: m.apply(Request("x", str(source), str(base)), Progress()),
     )
     assert world.leftovers()

@@ -12,7 +12,7 @@ import pytest
 
 from overlayd import mountinfo, overlayfs, syscalls
 from overlayd.overlayfs import Exchange
-from tests.mounts.conftest import PLAY
+from tests.mounts.conftest import EACH_WAY, PLAY, WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ def watched(path: Path, work: Callable[[], None]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-@pytest.mark.parametrize("way", [*Exchange, "kernel without MOVE_MOUNT_BENEATH"])
+@pytest.mark.parametrize("way", [*EACH_WAY, "kernel without MOVE_MOUNT_BENEATH"])
 def test_reset_leaves_no_gap(
     either_world: World, way: Exchange | str, monkeypatch: pytest.MonkeyPatch, *, read_only: bool
 ) -> None:
@@ -167,7 +167,7 @@ def test_other_namespaces_follow_every_exchange(world: World) -> None:
 
     assert os.read(reading, 1) == b"!"
     try:
-        for way in Exchange:
+        for way in WAYS:
             for _ in range(20):
                 world.manager(way=way).reset("x", 1)
             assert ask() == "1 overlay"

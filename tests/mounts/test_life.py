@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd.overlayfs import Exchange
-from tests.mounts.conftest import PLAY, snapshot
+from tests.mounts.conftest import EACH_WAY, PLAY, snapshot
 
 if TYPE_CHECKING:
+    from overlayd.overlayfs import Exchange
     from tests.mounts.conftest import World
 
 FILES = {"a": "base a", "keep": "base keep", "sub/inner": "base inner"}
 
 
-@pytest.fixture(params=[None, *Exchange])
+@pytest.fixture(params=[None, *EACH_WAY])
 def way(request: pytest.FixtureRequest) -> Exchange | None:
     return request.param  # type: ignore[no-any-return]
 

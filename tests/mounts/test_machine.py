@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from overlayd.errors import ExistsError, NotFoundError
-from overlayd.overlayfs import Exchange
-from tests.mounts.conftest import PLAY, World, enter_new_world, tree
+from tests.mounts.conftest import PLAY, WAYS, World, enter_new_world, tree
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from overlayd.overlayfs import Exchange
 
 NAMES = st.sampled_from(["n1", "n2", "n3"])
 TARGETS = st.sampled_from(["t1", "t2", "t1/in", "t3"])
 FILES = st.sampled_from(["a", "b", "in/c", "in/d"])
 TEXTS = st.text("xyz", max_size=8)
-WAYS = st.sampled_from([None, *Exchange])
+DRAWN_WAYS = st.sampled_from([None, *WAYS])
 
 BASE = {
     "t1": {"a": "base", "in/c": "base"},
@@ -102,7 +103,7 @@ class Overlays(RuleBasedStateMachine):
         (PLAY / target / file).unlink()
         del shown[file]
 
-    @rule(name=NAMES, version=st.sampled_from([0, 1]), way=WAYS)
+    @rule(name=NAMES, version=st.sampled_from([0, 1]), way=DRAWN_WAYS)
     def reset(self, name: str, version: int, way: Exchange | None) -> None:
         manager = self.world.manager(way=way)
         if name not in self.model:

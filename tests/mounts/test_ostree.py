@@ -103,8 +103,9 @@ def test_machine_not_booted_from_ostree_refuses_the_option_and_does_everything_e
         (f"xostree=/ostree/boot.1/debian/{CHECKSUM}/0", None),
     ],
 )
+@pytest.mark.usefixtures("world")
 def test_stateroot_is_read_from_the_argument_that_the_kernel_was_given(
-    world: World, argument: str, stateroot: str | None
+    argument: str, stateroot: str | None
 ) -> None:
     boot(argument)
     found = ostree.booted()

@@ -13,14 +13,13 @@ from overlayd import mountinfo
 from overlayd import syscalls as sc
 from overlayd.errors import KernelError, RefusedError
 from overlayd.overlayfs import Exchange
-from tests.mounts.conftest import PLAY, bind, mount, snapshot
+from tests.mounts.conftest import EACH_WAY, PLAY, bind, mount, snapshot
 
 if TYPE_CHECKING:
     from tests.mounts.conftest import World
 
 FILES = {"a": "base a", "sub/b": "base b"}
 NEW = {"a": "new a", "sub/c": "new c"}
-WAYS = pytest.mark.parametrize("way", Exchange)
 
 
 def as_ostree_mounts_usr() -> None:
@@ -33,7 +32,7 @@ def as_ostree_mounts_usr() -> None:
     mount("none", usr, "none", flags=sc.MS_BIND | 0x20 | 1)  # remount, read-only
 
 
-@WAYS
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_overlay_on_a_directory_bound_on_itself_lives_its_whole_life(
     world: World, way: Exchange
 ) -> None:
@@ -63,7 +62,6 @@ def test_usr_itself_can_be_edited_reset_and_restored(world: World) -> None:
         os.mkdir("/usr/nothing")
     manager = world.manager()
     world.apply("all", world.source("s", {"share/new/file": "new"}), "/usr", allow_critical=True)
-    assert mountinfo.read().rebound("/usr") is False
     new, edited = Path("/usr/share/new/file"), Path("/usr/src/edited")
     assert new.read_text() == "new"
     edited.write_text("edited")
@@ -95,13 +93,37 @@ def test_reset_on_usr_itself_without_mount_beneath_is_refused_and_changes_nothin
     assert world.leftovers() == []
 
 
-@pytest.mark.parametrize("kind", ["tmpfs", "overlay"])
-def test_usr_that_something_else_is_mounted_on_is_refused(world: World, kind: str) -> None:
-    as_ostree_mounts_usr()
-    options = "" if kind == "tmpfs" else "lowerdir=/usr:/etc"
+def test_usr_that_is_a_file_system_of_its_own_is_the_base(world: World) -> None:
     source = world.source("s", {"new": "new"})
-    mount("other", "/usr", kind, options)
-    with pytest.raises(RefusedError, match=rf"/usr is a mount point: /usr .*{kind} of other"):
+    manager = world.manager()
+    app = world.base("app", FILES)
+    world.apply("first", source, app, manager=manager)
+    manager.reset("first", 1)
+    manager.remove("first")  # nothing more has to be imported, once /usr is another
+    sc.umount2(str(PLAY))
+    mount("own", "/usr", "tmpfs", "mode=755")
+    try:
+        Path("/usr/theirs").write_text("theirs")
+        world.apply("all", source, "/usr", manager=manager, allow_critical=True)
+        Path("/usr/edited").write_text("edited")
+        manager.reset("all", 1)
+        shown = sorted(os.listdir("/usr"))
+        manager.reset("all", 0)
+        shown_of_base = sorted(os.listdir("/usr"))
+        manager.remove("all")
+        left = sorted(os.listdir("/usr"))
+    finally:
+        sc.umount2("/usr", sc.MNT_DETACH)
+    assert shown == ["new", "theirs"]
+    assert shown_of_base == left == ["theirs"]
+    assert world.leftovers() == []
+
+
+def test_usr_that_something_is_stacked_on_is_refused(world: World) -> None:
+    as_ostree_mounts_usr()
+    source = world.source("s", {"new": "new"})
+    mount("other", "/usr", "overlay", "lowerdir=/usr:/etc")
+    with pytest.raises(RefusedError, match=r"/usr is a mount point: .*\(overlay of other"):
         world.apply("all", source, "/usr", allow_critical=True)
     sc.umount2("/usr", sc.MNT_DETACH)
     assert world.leftovers() == []

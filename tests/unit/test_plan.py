@@ -163,33 +163,18 @@ def on_root(root: str, mount_point: str, *, st_dev: int = 50) -> Mount:
 
 
 USR = Place("/usr", "/usr", (), "")
-DEPLOYED = "/ostree/deploy/debian/deploy/0123.0"
 
 
-@pytest.mark.parametrize("root", ["/", DEPLOYED])
-def test_usr_that_is_mounted_on_itself_is_free(root: str) -> None:
-    rebound = on_root(f"{root.rstrip('/')}/usr", "/usr")
-    plan.check_mounts(USR, table_of(on_root(root, "/"), rebound))
+def test_usr_may_be_a_mount_but_nothing_may_be_stacked_on_it() -> None:
+    usr = on_root("/ostree/deploy/debian/deploy/4567.0/usr", "/usr")
+    plan.check_mounts(USR, table_of(make_mount("/"), usr))
+    stacked = replace(make_mount("/usr"), fstype="overlay")
+    with pytest.raises(RefusedError, match=r"TARGET /usr is a mount point: .*overlay of foreign"):
+        plan.check_mounts(USR, table_of(make_mount("/"), usr, stacked))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        on_root("/", "/usr", st_dev=51),
-        on_root(f"{DEPLOYED}/usr", "/usr", st_dev=51),
-        on_root("/ostree/deploy/debian/deploy/4567.0/usr", "/usr"),
-    ],
-)
-def test_usr_of_its_own_is_a_mount_point_like_any_other(other: Mount) -> None:
-    root = on_root(DEPLOYED, "/")
-    with pytest.raises(RefusedError, match="TARGET /usr is a mount point"):
-        plan.check_mounts(USR, table_of(root, other))
-    with pytest.raises(RefusedError, match="TARGET /usr is a mount point"):
-        plan.check_mounts(USR, table_of(root, on_root(f"{DEPLOYED}/usr", "/usr"), other))
-
-
-def test_mounts_inside_of_usr_are_refused_also_where_it_is_mounted_on_itself() -> None:
-    mounts = (on_root("/", "/"), on_root("/usr", "/usr"), make_mount("/usr/local"))
+def test_mounts_inside_of_usr_are_refused_also_where_it_is_a_mount() -> None:
+    mounts = (make_mount("/"), make_mount("/usr"), make_mount("/usr/local"))
     with pytest.raises(RefusedError, match="has mounts in it: /usr/local"):
         plan.check_mounts(USR, table_of(*mounts))
 
