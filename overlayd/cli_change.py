@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,8 +17,12 @@ from overlayd.cli_common import (
     interruptible,
     stateroot_option,
 )
-from overlayd.errors import RefusedError
+from overlayd.errors import OverlaydError, RefusedError
 from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
+
+if TYPE_CHECKING:
+    from overlayd.model import Overlay
+    from overlayd.progress import Progress
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in Debian's click
@@ -149,21 +154,58 @@ def reset(common: Common, *, name: str, version: str) -> None:
 
 
 @click.command(short_help="Take an overlay away.")
-@click.argument("name", shell_complete=complete_names)
+@click.argument("name", required=False, shell_complete=complete_names)
+@click.option("--all", "everything", is_flag=True, help="Every overlay there is.")
 @click.option("--lazy", is_flag=True, help="Also while in use: programs keep their old files.")
 @common_options
-def remove(common: Common, *, name: str, lazy: bool) -> None:
+def remove(common: Common, *, name: str | None, everything: bool, lazy: bool) -> None:
     """Take the overlay NAME away, with everything edited in it.
+
+    With --all, those that cannot be removed are named and do not keep the others.
 
     \b
     Examples:
       overlayd remove fix
       overlayd remove fix --lazy
+      overlayd remove --all
     """  # noqa: D301
+    if everything == (name is not None):
+        raise click.UsageError("Give either the NAME of an overlay or --all.")
     with interruptible(common) as progress:
-        overlay = common.manager().remove(name, lazy=lazy, progress=progress)
+        if name is not None:
+            overlay = common.manager().remove(name, lazy=lazy, progress=progress)
+            common.show(overlay, _removed(overlay))
+        else:
+            _remove_all(common, progress, lazy=lazy)
+
+
+def _removed(overlay: Overlay) -> str:
     still = ", something still uses the old files" if overlay.state == "draining" else ""
-    common.show(overlay, f"{name}: removed{still}")
+    return f"{overlay.record.name}: removed{still}"
+
+
+def _remove_all(common: Common, progress: Progress, *, lazy: bool) -> None:
+    """Remove every overlay that can be.
+
+    :raises OverlaydError: the last cause, if some could not; each is warned of.
+    """
+    manager = common.manager()
+    gone: list[Overlay] = []
+    failed: OverlaydError | None = None
+    for overlay in manager.list():
+        progress.check()
+        try:
+            gone.append(manager.remove(overlay.record.name, lazy=lazy, progress=progress))
+        except OverlaydError as error:
+            common.warn(f"{overlay.record.name} stays: {error.message}")
+            failed = error
+        else:
+            if not common.json:
+                click.echo(_removed(gone[-1]))
+    if common.json:
+        click.echo(render.as_json([render.overlay_object(overlay) for overlay in gone]))
+    if failed is not None:
+        raise failed
 
 
 @click.command(short_help="Apply many overlays from a file.")

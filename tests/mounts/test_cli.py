@@ -996,3 +996,18 @@ def test_console_script_is_the_same_program(world: World) -> None:
 
 def test_without_arguments_the_help_is_printed(world: World) -> None:
     assert world.run().stdout == world.run("--help").stdout
+
+
+def test_remove_all_takes_away_what_it_can_and_names_the_rest(world: World) -> None:
+    bases = {name: applied(world, name) for name in ("a", "b", "c")}
+    for wrong in (("remove",), ("remove", "a", "--all")):
+        assert "either the NAME" in world.run(*wrong, code=2).stderr
+    assert len(world.manager().list()) == 3
+    with (bases["b"] / "a").open() as _:
+        done = world.run("remove", "--all", code=6)
+        assert done.stdout == "a: removed\nc: removed\n"
+        assert "overlayd: warning: b stays: b is in use by" in done.stderr
+        (left,) = cast("list[dict[str, object]]", world.json("remove", "--all", "--lazy"))
+        assert (left["name"], left["state"]) == ("b", "draining")
+    assert world.json("remove", "--all") == []
+    assert world.manager().list() == []
