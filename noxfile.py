@@ -2,24 +2,29 @@
 """What can be run here: ``./nox -l`` lists it, ``./nox`` runs the default sessions."""
 
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import nox
 
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from harness import host  # noqa: E402  # the standard library is all it needs
+from harness.errors import HarnessError  # noqa: E402
+
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "unit", "mounts"]
+nox.options.sessions = ["lint", "unit", "mounts", "harness", "system"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
-ROOT = Path(__file__).parent
-PYTHON_SOURCES = ("overlayd", "noxfile.py", "tests", "benchmarks", "demo", "tools")
+PYTHON_SOURCES = ("overlayd", "harness", "noxfile.py", "tests", "benchmarks", "demo", "tools")
 # Bounded where a newer release is allowed to find more: an old commit must stay green.
 LINTERS = ("ruff~=0.17.6", "mypy>=2.4,<3", "import-linter>=2.3", "nox")
 TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 COVERAGE = "coverage>=7.10.3"  # its subprocess patch
+MACHINES = ("pytest>=8", "pytest-xdist>=3.6", "pytest-testinfra>=10")
+RESULTS = ROOT / "build"
 
 
 @nox.session
@@ -45,8 +50,48 @@ def mounts(session: nox.Session) -> None:
     """Test real overlays, each worker in a mount namespace of its own; needs root."""
     if os.geteuid() != 0:
         session.skip("needs root, to mount overlays in a mount namespace of its own")
-    apt_need(session, {"unshare": "util-linux", "mount": "mount", "setcap": "libcap2-bin"})
+    have(session, {"unshare": "util-linux", "mount": "mount", "setcap": "libcap2-bin"})
     run_tests(session, "tests/mounts")
+
+
+@nox.session(name="harness")
+def harness_tests(session: nox.Session) -> None:
+    """Test the harness itself, on real machines where it needs them."""
+    if os.geteuid() != 0:
+        session.skip("needs root, for machines")
+    have(session, {"dpkg-buildpackage": "dpkg-dev", "lintian": "lintian", "git": "git"})
+    session.install(*MACHINES, *TESTS)
+    session.run("pytest", "-n", "auto", *(session.posargs or ["tests/harness"]))
+
+
+@nox.session
+def system(session: nox.Session) -> None:
+    """Test the package on booted images (-- --machine=vm|container --kernel=6.1,… -k NAME)."""
+    run_system_tests(session, *session.posargs)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Test the package on all kernels, with ten reboots of each kind and ten power cuts."""
+    run_system_tests(session, "--kernel=image,6.1,6.12,unstable", "--rounds=10", *session.posargs)
+
+
+@nox.session
+def image(session: nox.Session) -> None:
+    """Build the image, and say where it is (-- --kernel=VERSION)."""
+    run_machines(session, "image")
+
+
+@nox.session
+def shell(session: nox.Session) -> None:
+    """Enter a fresh machine with the tree as it is (-- --machine=vm|container)."""
+    run_machines(session, "shell")
+
+
+@nox.session
+def cache(session: nox.Session) -> None:
+    """Look at what is kept between runs (-- --list), or drop it (-- --prune)."""
+    session.run("python", "-m", "harness.cache", *session.posargs)
 
 
 @nox.session
@@ -78,7 +123,7 @@ def fresh_machine(session: nox.Session) -> None:
     """Prove the demo and ./nox on Debian 12 and 13, made afresh (-- SUITE...); needs root."""
     if os.geteuid() != 0:
         session.error("making a machine needs root")
-    apt_need(session, {"mmdebstrap": "mmdebstrap", "unshare": "util-linux", "mount": "mount"})
+    have(session, {"mmdebstrap": "mmdebstrap", "unshare": "util-linux", "mount": "mount"})
     session.run(
         sys.executable,
         "tools/fresh_machine.py",
@@ -86,6 +131,29 @@ def fresh_machine(session: nox.Session) -> None:
         external=True,
         interrupt_timeout=None,  # it removes the machine
     )
+
+
+def run_system_tests(session: nox.Session, *arguments: str) -> None:
+    """Run the tests on booted images and leave their results in build/."""
+    session.install(*MACHINES)
+    RESULTS.mkdir(exist_ok=True)
+    records = RESULTS / "system.jsonl"
+    records.unlink(missing_ok=True)
+    named = any((ROOT / argument.split("::")[0]).exists() for argument in arguments)
+    session.run(
+        *("pytest", "-p", "harness.plugin", "-n", "auto"),
+        *(f"--junitxml={RESULTS}/system.xml", f"--html-report={RESULTS}/system.html"),
+        f"--records={records}",
+        *("-o", "harness_command=./nox -R -s system --"),
+        *([] if named else ["tests/system"]),
+        *arguments,
+    )
+
+
+def run_machines(session: nox.Session, what: str) -> None:
+    """Do something with the machines of the system tests, without tests."""
+    session.install("pytest>=8")  # whose hooks the harness names
+    session.run("python", "-m", "tests.system", what, *session.posargs)
 
 
 def install_project(session: nox.Session, *requirements: str) -> None:
@@ -108,21 +176,9 @@ def run_tests(session: nox.Session, directory: str) -> None:
     )
 
 
-def apt_need(session: nox.Session, packages: dict[str, str]) -> None:
+def have(session: nox.Session, packages: dict[str, str]) -> None:
     """Have these commands: what is missing is installed from its package, by APT and as root."""
-    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    missing = sorted({pkg for cmd, pkg in packages.items() if not shutil.which(cmd, path=path)})
-    if not missing:
-        return
-    if os.geteuid() != 0:
-        session.error(f"missing commands; as root: apt install {' '.join(missing)}")
-    apt = ("apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=300")
-    install = (*apt, "install", "--no-install-recommends", *missing)
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # Package lists may be missing or outdated: they are fetched if it does not work as is.
-    first = subprocess.run(
-        install, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    if first.returncode != 0:
-        session.run(*apt, "update", external=True)
-        session.run(*install, env=env, external=True)
+    try:
+        host.need(packages)
+    except HarnessError as error:
+        session.error(f"{error.message}; {error.hint}" if error.hint else error.message)

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import state
 from overlayd.errors import BusyError, NoPermissionError, NotFoundError
-from overlayd.model import Phase, State, check_name
+from overlayd.model import Overlay, Phase, State, check_name
 from overlayd.mountinfo import Watcher
 from overlayd.store import Store, not_found
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from overlayd.model import Overlay, Record
+    from overlayd.model import Record
     from overlayd.mountinfo import Table
 
 
 _PATIENCE: Final = 0.5
 """Seconds that a look waits for a change under way."""
+_LOOKS: Final = 5
 
 
 class Observer:
@@ -64,7 +65,7 @@ class Observer:
         except BusyError as error:
             # It hangs, or was stopped: all the more reason to show what there is.
             self._warn(error.message)
-            return overlay
+            return self._at_work(record)
         try:
             fresh = self._store.get(record.uuid)
             if fresh is None or fresh.phase is Phase.DRAINING:
@@ -72,6 +73,16 @@ class Observer:
             return state.observe(fresh, self._mounts.table())
         finally:
             lock.release()
+
+    def _at_work(self, record: Record) -> Overlay | None:
+        """Return an overlay that somebody works on: active as long as any tree of it is attached."""
+        for _ in range(_LOOKS):  # a table read while it changes may miss a mount
+            fresh = self._store.get(record.uuid)
+            if fresh is None or fresh.phase is Phase.DRAINING:
+                return None
+            if mounts := state.attached(fresh, self._mounts.table()):
+                return Overlay(fresh, State.ACTIVE, mounts[-1].mount_id, None)
+        return state.observe(fresh, self._mounts.table())
 
     def _settled(self) -> list[Record]:
         """Return the records, with everything finished that a crash cut short."""

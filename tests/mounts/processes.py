@@ -93,7 +93,7 @@ def child(
                     stream.close()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether *condition* comes true within some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
