@@ -75,14 +75,14 @@ class Observer:
             lock.release()
 
     def _at_work(self, record: Record) -> Overlay | None:
-        """Return an overlay that somebody works on: active as long as any tree of it is attached."""
+        """Return an overlay that somebody works on: active as long as a tree of it is attached."""
         for _ in range(_LOOKS):  # a table read while it changes may miss a mount
             fresh = self._store.get(record.uuid)
             if fresh is None or fresh.phase is Phase.DRAINING:
                 return None
             if mounts := state.attached(fresh, self._mounts.table()):
                 return Overlay(fresh, State.ACTIVE, mounts[-1].mount_id, None)
-        return state.observe(fresh, self._mounts.table())
+        return state.observe(record, self._mounts.table())
 
     def _settled(self) -> list[Record]:
         """Return the records, with everything finished that a crash cut short."""
