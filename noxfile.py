@@ -14,7 +14,7 @@ from harness import host  # noqa: E402  # the standard library is all it needs
 from harness.errors import HarnessError  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "unit", "mounts", "harness", "system"]
+nox.options.sessions = ["lint", "unit", "mounts"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -30,7 +30,7 @@ RESULTS = ROOT / "build"
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, the rule of imports and the shape of the tree."""
-    install_project(session, *LINTERS, *TESTS)
+    install_project(session, *LINTERS, *TESTS, *MACHINES)
     sources = [name for name in PYTHON_SOURCES if (ROOT / name).exists()]
     session.run("ruff", "check", *sources)
     session.run("ruff", "format", "--check", *sources)
@@ -113,9 +113,15 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure, and write the figures to bench.json."""
-    install_project(session)
-    session.run("python", "-m", "benchmarks", "--json", "bench.json", *session.posargs)
+    """Measure, and write the figures to bench.json (-- harness: the machines of the tests)."""
+    arguments = list(session.posargs)
+    if arguments[:1] == ["harness"]:
+        session.install(*MACHINES)
+        module, arguments = "benchmarks.machines", arguments[1:]
+    else:
+        install_project(session)
+        module = "benchmarks"
+    session.run("python", "-m", module, "--json", "bench.json", *arguments)
 
 
 @nox.session(name="fresh-machine", venv_backend="none")

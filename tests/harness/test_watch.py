@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The watch: what a machine logs is found while it happens, and what is fatal ends the wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness.errors import MachineError
+from harness.findings import Allow, Kind
+from harness.watch import Watch, boot_findings
+from tests.harness.agents import eventually
+from tests.harness.fakes import FakeMachine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+WARNING = "WARNING: CPU: 0 PID: 1 at x.c:1 f+0x1/0x2"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[FakeMachine]:
+    machine = FakeMachine(tmp_path)
+    machine.greet(20)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def watch(machine: FakeMachine) -> Iterator[Watch]:
+    watch = Watch(machine)
+    watch.start()
+    yield watch
+    watch.stop()
+
+
+def kinds(watch: Watch) -> list[Kind]:
+    return [finding.kind for finding in watch.findings()]
+
+
+def test_quiet_machine_has_no_findings(watch: Watch) -> None:
+    watch.settle()
+    assert watch.take() == ()
+
+
+def test_what_is_on_the_console_is_found_at_once(machine: FakeMachine, watch: Watch) -> None:
+    machine.run(["write", WARNING])
+    watch.settle()
+    assert kinds(watch) == [Kind.WARNING]
+
+
+def test_what_is_in_the_journal_has_arrived_after_settling(
+    machine: FakeMachine, watch: Watch
+) -> None:
+    for n in range(5):
+        with machine.log.open("a") as log:
+            log.write("sshd: innocent\n" * 1000)
+            log.write(f"systemd: a{n}.service: Failed with result 'exit-code'.\n")
+        watch.settle()
+        assert [finding.subject for finding in watch.take()] == [f"a{n}.service"]
+
+
+def test_settling_waits_for_the_mark(machine: FakeMachine, watch: Watch) -> None:
+    late = 'sleep 0.4; shift 6; echo "harness: $*" >> ' + str(machine.log)
+    machine.program("logger", f"( {late} ) > /dev/null 2>&1 < /dev/null &")
+    start = time.monotonic()
+    watch.settle()
+    assert 0.3 < time.monotonic() - start < 3
+
+
+def test_settling_does_not_wait_for_ever(machine: FakeMachine, watch: Watch) -> None:
+    machine.program("logger", "true")
+    start = time.monotonic()
+    watch.settle(0.5)
+    assert 0.4 < time.monotonic() - start < 3
+
+
+def test_take_begins_anew(machine: FakeMachine, watch: Watch) -> None:
+    machine.run(["write", WARNING])
+    watch.settle()
+    assert len(watch.take()) == 1
+    watch.settle()
+    assert watch.take() == ()
+
+
+def test_allowance_holds_until_taken(machine: FakeMachine, watch: Watch) -> None:
+    watch.allow(Allow("x.c:1", "this test wants it", Kind.WARNING))
+    machine.run(["write", WARNING])
+    watch.settle()
+    assert watch.take() == ()
+    machine.run(["write", WARNING])
+    watch.settle()
+    assert len(watch.take()) == 1
+
+
+def test_panic_ends_a_wait_within_a_second_or_two(machine: FakeMachine, watch: Watch) -> None:
+    def panic() -> None:
+        time.sleep(0.3)
+        with machine.screen.open("a") as screen:
+            screen.write("[    9.000000] Kernel panic - not syncing: test\n[    9.1")
+            screen.flush()
+            time.sleep(0.3)
+            screen.write("00000] CPU: 0 PID: 1 Comm: init\n")
+
+    thread = threading.Thread(target=panic)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(MachineError, match="Kernel panic - not syncing: test"):
+        machine.run(["sleep", "30"])
+    assert time.monotonic() - start < 3
+    watch.settle()
+    thread.join()
+    (finding,) = watch.findings()
+    assert finding.kind is Kind.PANIC
+    assert len(finding.lines) == 2  # its trace was waited for
+
+
+def test_panic_that_is_allowed_breaks_nothing(machine: FakeMachine, watch: Watch) -> None:
+    watch.allow(Allow("not syncing", "wanted"))
+    machine.run(["write", "Kernel panic - not syncing: test"])
+    watch.settle()
+    assert machine.broken is None
+    assert watch.take() == ()
+
+
+def test_machine_that_dies_is_a_finding_once(machine: FakeMachine, watch: Watch) -> None:
+    machine.agent.kill()
+    with pytest.raises(MachineError):
+        machine.run(["true"])
+    watch.settle()
+    assert [finding.kind for finding in watch.take()] == [Kind.DIED]
+    assert watch.take() == ()
+
+
+def test_machine_that_dies_while_nobody_asks_is_found_when_settling(
+    machine: FakeMachine, watch: Watch
+) -> None:
+    machine.agent.kill()
+    watch.settle()
+    assert kinds(watch) == [Kind.DIED]
+
+
+def test_console_that_begins_anew_is_read_from_its_start(
+    machine: FakeMachine, watch: Watch
+) -> None:
+    machine.screen.write_text("a boot of many lines\n" * 50)
+    eventually(lambda: watch._seen > 1000)
+    machine.screen.write_text(f"[    1.000000] {WARNING}\n")
+    watch.settle()
+    assert kinds(watch) == [Kind.WARNING]
+
+
+def test_stopped_watch_leaves_the_machine_alone(machine: FakeMachine) -> None:
+    watch = Watch(machine)
+    watch.start()
+    watch.stop()
+    watch.stop()
+    machine.run(["write", "Kernel panic - not syncing: test"])
+    time.sleep(0.5)
+    assert machine.broken is None
+
+
+def test_findings_of_a_boot(machine: FakeMachine) -> None:
+    assert boot_findings(machine) == ()
+    machine.run(["write", WARNING])
+    assert [finding.kind for finding in boot_findings(machine)] == [Kind.WARNING]
+    assert boot_findings(machine, [Allow("x.c", "known")]) == ()

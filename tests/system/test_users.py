@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What ordinary users get: overlayd needs root, says so, and shows them nothing of others'."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from tests.system.guest import RUN
+
+if TYPE_CHECKING:
+    from tests.system.guest import Guest
+
+BASE = "/usr/share/base-files"
+
+
+def test_ordinary_users_are_told_that_overlayd_needs_root(guest: Guest) -> None:
+    source = guest.source("theirs", {"motd": "theirs\n"})
+    expected = "overlayd: overlayd needs root\n  hint: run it with sudo\n"
+    # Before the first overlay of a boot, and while there is one.
+    assert guest.overlayd("apply", "mine", source, BASE, user="alice", code=7).err == expected
+    guest.apply("theirs", source, BASE)
+    before = guest.listing(BASE)
+    said = guest.sh(
+        f"""
+        for command in "apply mine {source} {BASE}" "list" "status theirs" "reset theirs" \
+            "remove theirs --lazy" "cleanup"
+        do overlayd $command 2>&1 >/dev/null; echo "$?"; done
+        """,
+        user="alice",
+        check=False,
+    )
+    assert said == "\n".join([f"{expected}7"] * 6)
+    assert guest.listing(BASE) == before
+    assert [overlay.name for overlay in guest.overlays()] == ["theirs"]
+    guest.overlayd("remove", "theirs")
+
+
+def test_ordinary_users_get_help_the_version_and_an_honest_doctor(guest: Guest) -> None:
+    said = guest.sh("overlayd --version; overlayd --help; overlayd apply --help", user="alice")
+    assert said.startswith("overlayd")
+    assert "--allow-critical" in said
+    report = json.loads(guest.overlayd("doctor", "--json", user="alice", code=7).out)
+    assert [problem["text"] for problem in report["problems"]] == ["overlayd needs root"]
+    assert not report["ok"]
+
+
+def test_errors_come_as_json_when_asked_for(guest: Guest) -> None:
+    error = json.loads(guest.overlayd("list", "--json", user="bob", code=7).err)["error"]
+    assert (error["code"], error["hint"]) == ("no-permission", "run it with sudo")
+
+
+def test_storage_and_records_are_closed_to_users(guest: Guest) -> None:
+    source = guest.source("closed", {"secret": "secret\n"})
+    guest.sh(f"chmod 600 {source}/secret")
+    with guest.overlay("closed", source, BASE):
+        said = guest.sh(
+            f"ls {RUN} || cat {RUN}/world.json || ls {RUN}/storage/* || cat {BASE}/secret "
+            f"|| umount {BASE} || mount -o remount,suid {BASE} || echo none",
+            user="alice",
+            check=False,
+        )
+        assert said == "none"
