@@ -15,6 +15,8 @@ What is built is a directory:
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +24,10 @@ from typing import TYPE_CHECKING, Final
 
 from harness import commit
 from harness.apt import DEFAULT_MIRROR, KEYRING, SECURITY, acquire_settings, machine_mirror
+from harness.cache import key
 from harness.errors import BuildError
 from harness.host import need, need_disk
-from harness.programs import Timer, run
+from harness.programs import Timer, need_root, run
 from harness.trees import describe, remove_tree
 
 if TYPE_CHECKING:
@@ -94,15 +97,33 @@ def inputs(recipe: Recipe, apt: Apt) -> Iterator[str | bytes | Path]:
     for name in recipe.files:
         yield name
         yield b"".join(describe(recipe.context / name))
-    wanted = ["apt", "?essential", "?priority(required)", *package_names(recipe)]
-    for package in apt.closure(wanted):
-        yield f"{package.name}={package.version}"
+    yield from _offered(apt, ["apt", "?essential", "?priority(required)", *package_names(recipe)])
 
 
 def package_names(recipe: Recipe) -> list[str]:
     """Return the names in the recipe's list of packages."""
     lines = (recipe.context / recipe.packages).read_text(encoding="utf-8").splitlines()
     return [name for line in lines for name in line.partition("#")[0].split()]
+
+
+def _offered(apt: Apt, packages: list[str]) -> list[str]:
+    """Return *packages* and all they depend on, with versions, as APT has them now.
+
+    Working that out takes it two seconds, so it is kept beside the lists, with their time.
+    """
+    apt.update()
+    lists = (apt.directory / "updated").stat().st_mtime_ns
+    kept = apt.directory / f"offered-{key(*packages)}"
+    with contextlib.suppress(FileNotFoundError):
+        if kept.stat().st_mtime_ns == lists:
+            return kept.read_text(encoding="utf-8").splitlines()
+    lines = [f"{package.name}={package.version}" for package in apt.closure(packages)]
+    fresh = kept.with_name(f"{kept.name}.{os.getpid()}")
+    with contextlib.suppress(PermissionError):  # somebody else's lists serve as well
+        fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.utime(fresh, ns=(lists, lists))
+        fresh.replace(kept)
+    return lines
 
 
 def build(recipe: Recipe, out: Path, *, say: Callable[[str], object] = lambda _line: None) -> None:
@@ -114,6 +135,7 @@ def build(recipe: Recipe, out: Path, *, say: Callable[[str], object] = lambda _l
     :raises HostError: if this machine lacks something for it.
     """
     need(TOOLS)
+    need_root("building an image")
     need_disk(out, SIZE, what="building an image")
     work = out / "work"
     work.mkdir()
@@ -133,8 +155,7 @@ def build(recipe: Recipe, out: Path, *, say: Callable[[str], object] = lambda _l
         commit.arrange(work / "tree")
         commit.init(out / "repo")
         subject = f"{recipe.target} of {recipe.containerfile}, Debian {recipe.suite}"
-        tree = work / "tree"
-        commit.commit(out / "repo", REF, subject=subject, parts=[tree], consume=True)
+        commit.commit(out / "repo", REF, work / "tree", subject=subject, consume=True)
         checkout = ("ostree", f"--repo={out / 'repo'}", "checkout", "--require-hardlinks")
         run([*checkout, "--fsync=false", REF, out / "tree"], what="checking out the commit")
         timed("the commit")

@@ -12,7 +12,7 @@ Debian is made to fit:
   files (from ``/usr/share/factory``).
 
 A tree is changed in place.  :func:`arrange` takes a whole root and :func:`arrange_layer` what was
-changed on top of one; :func:`commit` lays one over the other.
+changed on top of one; :func:`combine` lays one over the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import re
 import shutil
 import stat
 import struct
-import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -30,7 +29,7 @@ from harness.errors import BuildError
 from harness.programs import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 DPKG: Final = "usr/lib/sysimage/dpkg"
@@ -191,40 +190,32 @@ def settle(tree: Path) -> None:
         os.utime(entry, (0, 0), follow_symlinks=False)
 
 
-def commit(
-    repo: Path,
-    ref: str,
-    *,
-    subject: str,
-    parts: Sequence[Path | Layer | str],
-    consume: bool = False,
-) -> str:
-    """Commit *parts*, each laid over those before it, to *ref*; return the commit's checksum.
+def commit(repo: Path, ref: str, tree: Path, *, subject: str, consume: bool = False) -> str:
+    """Commit *tree* to *ref*; return the commit's checksum.
 
-    A part is the directory of a whole tree, a layer, or a ref of the repository.
+    Files that are hard links to the repository's are known and not read again.
 
-    :param consume: whether to move the directories' files into the repository, which must be on
-        the same file system.
+    :param consume: whether to move the files into the repository, which must be on the same file
+        system.
     """
-    trees: list[str] = []
-    removed: list[str] = []
-    for part in parts:
-        if isinstance(part, str):
-            trees.append(f"--tree=ref={part}")
-        else:
-            trees.append(f"--tree=dir={part.tree if isinstance(part, Layer) else part}")
-        if isinstance(part, Layer):
-            removed += part.removed
     command = ["ostree", f"--repo={repo}", "commit", f"--branch={ref}", f"--subject={subject}"]
-    command += ["--bootable", "--fsync=false", *trees]
-    if consume:
-        command.append("--consume")
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".skip") as skip:
-        if removed:
-            skip.writelines(f"{path}\n" for path in removed)
-            skip.flush()
-            command.append(f"--skip-list={skip.name}")
-        return run(command, what=f"committing {ref}").strip()
+    command += ["--bootable", "--fsync=false", f"--tree=dir={tree}"]
+    command.append("--consume" if consume else "--link-checkout-speedup")
+    return run(command, what=f"committing {ref}").strip()
+
+
+def combine(tree: Path, layers: Iterable[Layer], out: Path) -> None:
+    """Make *out* what *tree* is with *layers* over it, each over those before it.
+
+    It has hard links to the files of *tree*, which must be on the same file system.
+    """
+    run(["cp", "-al", tree, out], what="linking the base")
+    for layer in layers:
+        for path in layer.removed:
+            _remove(out / path.lstrip("/"))
+        # Replaced, never written through a link.
+        copy = ("cp", "-a", "--remove-destination", "--reflink=auto")
+        run([*copy, f"{layer.tree}/.", out], what="laying a layer over the base")
 
 
 def init(repo: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from harness import base, commit, disk, layer, manifest, quickboot, seed, vmlinux
 from harness.apt import Apt
 from harness.cache import key
-from harness.programs import Timer
+from harness.programs import Timer, need_root
 from harness.qemu import TUNING
 from harness.trees import remove_tree
 
@@ -149,10 +149,11 @@ def build(
 
     release = kernel.release if kernel else ""
     label = " ".join([inputs.name, release, *(path.stem for path in inputs.packages)])
+    files_label = f"{release or 'own kernel'} of {inputs.name}"
     files_key = key(base_key, kernel_key, *_sources(_FILES_BUILDERS))
     image_key = key(*_inputs(inputs, base_key, kernel_key))
     with (
-        cache.entry("kernel-files", files_key, make_files, say, label=release) as files,
+        cache.entry("kernel-files", files_key, make_files, say, label=files_label) as files,
         cache.entry("image", image_key, make_image, say, label=label) as entry,
     ):
         yield _loaded(inputs.name, entry, files, key(files_key, image_key))
@@ -221,6 +222,7 @@ def _assemble(
     inputs: ImageInputs, below: Path, layers: list[commit.Layer], out: Path, say: Say
 ) -> None:
     """Make the image of the base in *below* and the *layers* over it, in *out*."""
+    need_root("building an image")
     timed = Timer(say, "image")
     work = out / "work"
     sysroot, top = work / "sysroot", work / "top"
@@ -234,7 +236,8 @@ def _assemble(
         repo = disk.make_sysroot(sysroot, inputs.stateroot, below / "repo")
         ref = f"{inputs.name}/{inputs.recipe.suite}"
         subject = " ".join([inputs.name, *(path.stem for path in inputs.packages)])
-        commit.commit(repo, ref, subject=subject, parts=[base.REF, *layers])
+        commit.combine(below / "tree", layers, work / "tree")
+        commit.commit(repo, ref, work / "tree", subject=subject)
         timed("the commit")
         deployed = disk.deploy(sysroot, inputs.stateroot, ref, drop=[base.REF])
         timed("the deployment")

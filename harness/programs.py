@@ -71,6 +71,12 @@ def run(  # noqa: PLR0913 - all by keyword, and each with a use
     return done.stdout.decode("utf-8", "replace")
 
 
+def need_root(what: str) -> None:
+    """Raise HostError unless this process is root's, as *what* needs."""
+    if os.geteuid() != 0:
+        raise HostError(f"{what} needs root")
+
+
 class Timer:
     """Says which step is done, and the seconds since the last one."""
 

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from harness.apt import Apt
 
+SUITE: Final = "trixie"
+PYTHON: Final = "3.13"
+"""The version of Python there, for those who install libraries for it."""
 AGENT: Final = "/usr/lib/harness/agent.py"
 MODULES: Final = "/usr/lib/harness/modules"
 """One name of a file in each line, in the order in which they are loaded."""
@@ -117,7 +120,7 @@ class Userland:
     :ivar packages: where they come from.
     """
 
-    suite: str = "trixie"
+    suite: str = SUITE
     libraries: tuple[Path, ...] = ()
     programs: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
@@ -222,7 +225,7 @@ def _compile(root: Path, directory: Path, *options: str) -> None:
     """Compile a tree of modules by the interpreter in *root*, which needs no installation."""
     command = [
         *precompile.python(root),
-        *("-sS", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *options),
+        *("-BsS", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *options),
         *("-s", str(root), "-p", "/", str(directory)),
     ]
     _output(command, **precompile.environment(root))

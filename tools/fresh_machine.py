@@ -29,6 +29,10 @@ from typing import Final, NoReturn
 from urllib.parse import unquote, urlsplit
 
 CHECKOUT: Final = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from harness.apt import acquire_settings, machine_mirror  # noqa: E402  # needs nothing installed
+
 SUITES: Final = ("bookworm", "trixie")
 COMMANDS: Final = ("./nox -s demo", "./nox")
 CLONE: Final = "/root/overlayd"  # as the machine sees it
@@ -163,41 +167,12 @@ def timed(suite: str, name: str, command: Sequence[str]) -> Result:
 def bootstrap(suite: str, root: Path) -> list[str]:
     """Return the mmdebstrap command for a Debian of the essential packages, APT, git and Python."""
     command = ["mmdebstrap", "--mode=root", "--variant=apt", "--include=git,python3"]
-    mirror = apt_mirror()
+    mirror = machine_mirror()
     if mirror.startswith("https:"):
         command.append("--include=ca-certificates")
-    settings = output("apt-config", "dump", "--format", '%F "%v";%n', "Acquire").splitlines()
-    wanted = ("http::", "https::", "Check-", "ForceIPv", "Retries")
-    command += [
-        f"--aptopt={setting}"
-        for setting in settings
-        if setting.startswith(tuple(f"Acquire::{name}" for name in wanted))
-    ]
+    command += [f"--aptopt={setting};" for setting in acquire_settings()]
     command += [suite, str(root)]
     return [*command, mirror] if mirror else command  # mmdebstrap has a default
-
-
-def apt_mirror() -> str:
-    """Return this machine's Debian mirror, or nothing where it has none."""
-    if mirror := os.environ.get("OVERLAYD_APT_MIRROR"):
-        return mirror
-    targets = ("apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)")
-    if not (listing := output(*targets)):  # without lists it knows of nothing
-        subprocess.run(["apt-get", "-qq", "update"], check=True)
-        listing = output(*targets)
-    for line in listing.splitlines():
-        label, uri = line.split("|", 1)
-        if label == "Debian":
-            return first_of_list(uri)
-    return ""
-
-
-def first_of_list(uri: str) -> str:
-    """Return the first mirror of a ``mirror+file:`` list, which another machine does not have."""
-    if not uri.startswith("mirror+file:"):
-        return uri
-    lines = Path(urlsplit(uri).path.rstrip("/")).read_text(encoding="utf-8").splitlines()
-    return next(line.split()[0] for line in lines if line.strip() and not line.startswith("#"))
 
 
 def clone_head(scratch: Path) -> Path:

@@ -19,8 +19,10 @@ import tty
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from harness import conversation
 from harness.channel import AGENT, Channel
 from harness.conversation import PARTS
+from harness.errors import MachineError
 from harness.machine import Capability, Machine
 
 if TYPE_CHECKING:
@@ -312,6 +314,51 @@ class Client:
         self.connection.close()
 
 
+HELLO = {"version": 1, "agent": "a", "boot_id": "b", "kernel": "k", "clock": 1.0, "uptime": 1.0}
+
+
+class Fake:
+    """The other end of a socket, which says whatever a test wants."""
+
+    def __init__(self) -> None:
+        self.mine, self.theirs = socket.socketpair()
+        self.mine.settimeout(10)
+        self.file = self.mine.makefile("rb")
+        self.channel = Channel(lambda: self.theirs)
+
+    def expect(self, op: str) -> dict[str, object]:
+        while line := self.file.readline():
+            if line.strip():
+                message: dict[str, object] = json.loads(line)
+                if message["op"] == op:
+                    return message
+        raise EOFError
+
+    def say(self, *lines: dict[str, object] | bytes) -> None:
+        for line in lines:
+            data = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+            self.mine.sendall(data)
+
+    def greet(self, **more: object) -> None:
+        """Answer a hello and what is loaded, on a thread."""
+
+        def answer() -> None:
+            nonce = self.expect("hello")["nonce"]
+            self.say(b"\n", {**HELLO, "hello": nonce, **more})
+            with contextlib.suppress(EOFError):  # it did not like our hello
+                for _ in conversation.PARTS:
+                    self.say({"id": self.expect("load")["id"], "done": True})
+
+        threading.Thread(target=answer, daemon=True).start()
+        self.channel.hello(10)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.file.close()
+        self.mine.close()
+        self.theirs.close()
+
+
 class LocalMachine(Machine):
     """This machine, by way of a real agent; a reboot starts that anew, and so does a power cut."""
 
@@ -373,3 +420,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """Freeze a process, which is to have no idea of what happens meanwhile."""
     process.send_signal(signal.SIGSTOP)
     eventually(lambda: "State:\tT" in Path(f"/proc/{process.pid}/status").read_text())
+
+
+def in_thread(work: Callable[[], object]) -> list[BaseException]:
+    """Run *work* on a thread; the list gets what it raises."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except MachineError as error:
+            raised.append(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return raised

@@ -12,7 +12,7 @@ from harness import bare, host, kernels, qemu
 from harness.cache import Cache, default_root
 from harness.channel import Channel
 from harness.template import Templates
-from tests.harness.agents import Agent, Client, FifoAgent, LocalMachine, PtyAgent
+from tests.harness.agents import Agent, Client, Fake, FifoAgent, LocalMachine, PtyAgent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,3 +95,11 @@ def bare_template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template
         ) as template,
     ):
         yield template
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    """Return the other end of a channel, an agent that says what a test wants."""
+    fake = Fake()
+    yield fake
+    fake.close()

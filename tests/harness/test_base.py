@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,14 @@ ROOT = Path(__file__).parents[2]
 class OfferedPackages:
     """Stands in for APT: every package is there, in one version."""
 
-    def __init__(self, version: str = "1") -> None:
+    def __init__(self, directory: Path, version: str = "1") -> None:
+        self.directory = directory
         self.version = version
         self.asked: list[str] = []
+
+    def update(self) -> None:
+        if not (self.directory / "updated").exists():
+            write(self.directory / "updated")
 
     def closure(self, packages: Sequence[str]) -> tuple[Package, ...]:
         self.asked = list(packages)
@@ -45,7 +51,8 @@ def recipe(tmp_path: Path) -> base.Recipe:
 
 
 def digest(recipe: base.Recipe, version: str = "1") -> str:
-    return key(*base.inputs(recipe, OfferedPackages(version)))  # type: ignore[arg-type]
+    apt = OfferedPackages(recipe.context / f"apt-{version}", version)
+    return key(*base.inputs(recipe, apt))  # type: ignore[arg-type]
 
 
 def test_list_of_packages_has_comments(recipe: base.Recipe) -> None:
@@ -53,9 +60,20 @@ def test_list_of_packages_has_comments(recipe: base.Recipe) -> None:
 
 
 def test_packages_are_asked_for_with_what_every_debian_has(recipe: base.Recipe) -> None:
-    apt = OfferedPackages()
+    apt = OfferedPackages(recipe.context / "apt")
     list(base.inputs(recipe, apt))  # type: ignore[arg-type]
     assert {"apt", "?essential", "one", "two", "four"} <= set(apt.asked)
+
+
+def test_packages_are_worked_out_once_for_the_same_lists(recipe: base.Recipe) -> None:
+    apt = OfferedPackages(recipe.context / "apt")
+    first = list(base.inputs(recipe, apt))  # type: ignore[arg-type]
+    apt.asked.clear()
+    assert list(base.inputs(recipe, apt)) == first  # type: ignore[arg-type]
+    assert apt.asked == []
+    os.utime(apt.directory / "updated", (1, 1))
+    apt.version = "2"
+    assert list(base.inputs(recipe, apt)) != first  # type: ignore[arg-type]
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

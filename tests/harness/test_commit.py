@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness import commit
+from harness import commit, manifest
 from harness.errors import BuildError
 from tests.harness.trees_of_debian import MODULES, PYC, RELEASE, debian, write
 
@@ -182,25 +182,37 @@ def test_layer_brings_its_part_of_var_and_renews_the_base(tree: Path, tmp_path: 
     assert rules(layer.tree, "test") == ["d /var/lib/new 0755", "C /var/lib/new/data 0600"]
 
 
-@needs_root
-@needs_ostree
-def test_commit_is_the_layers_over_the_base(tmp_path: Path) -> None:
-    repo, base, top = tmp_path / "repo", debian(tmp_path / "base"), tmp_path / "top"
-    commit.arrange(base)
-    commit.init(repo)
-    commit.commit(repo, "base", subject="base", parts=[base], consume=True)
+def test_layers_lie_over_the_base_which_stays_as_it_is(tree: Path, tmp_path: Path) -> None:
+    before = manifest.digest(manifest.lines(tree))
+    top, out = tmp_path / "top", tmp_path / "out"
     write(top / "usr/bin/new", "new", mode=0o4755)
     write(top / "usr/lib/python3/only", "only")
+    write(top / "usr/share/factory/var/roothome/.profile", "other")
     removed = ("/usr/bin/tool", "/usr/lib/python3")
-    layer = commit.Layer(tree=top, removed=removed)
-    checksum = commit.commit(repo, "whole", subject="whole", parts=["base", layer])
-    out = tmp_path / "out"
-    subprocess.run(["ostree", f"--repo={repo}", "checkout", checksum, out], check=True)
+    write(tmp_path / "next/usr/bin/new", "newer")
+    layers = [commit.Layer(tree=top, removed=removed), commit.Layer(tree=tmp_path / "next")]
+    commit.combine(tree, layers, out)
     assert [path.name for path in (out / "usr/bin").iterdir()] == ["new"]
-    assert (out / "usr/bin/new").stat().st_mode & 0o7777 == 0o4755
+    assert (out / "usr/bin/new").read_text() == "newer"
     assert [path.name for path in (out / "usr/lib/python3").iterdir()] == ["only"]
-    assert (out / MODULES / "vmlinuz").read_text() == "kernel"
-    assert not base.exists()
+    assert (out / "usr/share/factory/var/roothome/.profile").read_text() == "other"
+    assert (out / MODULES / "vmlinuz").samefile(tree / MODULES / "vmlinuz")
+    assert manifest.digest(manifest.lines(tree)) == before
+
+
+@needs_root
+@needs_ostree
+def test_commit_has_the_tree_as_it_is(tree: Path, tmp_path: Path) -> None:
+    repo, out = tmp_path / "repo", tmp_path / "out"
+    os.chown(tree / "usr/bin/tool", 7, 8)
+    (tree / "usr/bin/tool").chmod(0o4755)
+    os.setxattr(tree / "usr/bin/tool", "user.kept", b"yes")
+    before = manifest.digest(manifest.lines(tree))
+    commit.init(repo)
+    checksum = commit.commit(repo, "base", tree, subject="base", consume=True)
+    assert not tree.exists()
+    subprocess.run(["ostree", f"--repo={repo}", "checkout", checksum, out], check=True)
+    assert manifest.digest(manifest.lines(out)) == before
 
 
 @needs_root
@@ -210,9 +222,8 @@ def test_equal_trees_have_equal_contents_whenever_they_are_made(tmp_path: Path) 
     commit.init(repo)
     for name in ("one", "two"):
         top = debian(tmp_path / name)
-        write(top / "usr/bin/tool", "tool")
         commit.arrange(top)
-        commit.commit(repo, name, subject=name, parts=[top])
+        commit.commit(repo, name, top, subject=name)
         command = ("ostree", f"--repo={repo}", "ls", "--checksum", "--dironly", name, "/")
         checksums.add(subprocess.run(command, capture_output=True, check=True).stdout)
     assert len(checksums) == 1

@@ -80,7 +80,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
         bzimage(tree / f"boot/vmlinuz-{RELEASE}", gzip.compress(KERNEL))
         commit.arrange(tree)
         commit.init(out / "repo")
-        commit.commit(out / "repo", base.REF, subject="base", parts=[tree], consume=True)
+        commit.commit(out / "repo", base.REF, tree, subject="base", consume=True)
         command = ["ostree", f"--repo={out / 'repo'}", "checkout", "-H", base.REF, f"{out}/tree"]
         subprocess.run(command, check=True)
 
@@ -107,6 +107,10 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
         assert (tree / "usr/bin/tool").exists()
         file.write_text(f"quick {kernel.name}")
 
+    def update(apt: Apt) -> None:
+        if not (apt.directory / "updated").exists():
+            write(apt.directory / "updated")
+
     def closure(_apt: Apt, packages: Sequence[str]) -> tuple[Package, ...]:
         return tuple(Package(name=name, version="1", file="", size=1) for name in packages)
 
@@ -114,6 +118,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(layer, "packages", packages)
     monkeypatch.setattr(layer, "kernel", other_kernel)
     monkeypatch.setattr(quickboot, "write", quick)
+    monkeypatch.setattr(Apt, "update", update)
     monkeypatch.setattr(Apt, "closure", closure)
     return shop
 

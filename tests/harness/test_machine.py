@@ -22,10 +22,9 @@ from harness.errors import (
     UnitError,
 )
 from harness.machine import Capability
-from tests.harness.agents import LocalMachine, eventually
+from tests.harness.agents import LocalMachine, eventually, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from harness.logs import LogEvent
@@ -37,19 +36,6 @@ ALL = frozenset(Capability)
 def able(tmp_path: Path) -> LocalMachine:
     """Return this machine as one that can do everything; the test closes it."""
     return LocalMachine(tmp_path, ALL)
-
-
-def in_thread(work: Callable[[], object]) -> list[Exception]:
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except MachineError as error:
-            raised.append(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return raised
 
 
 # Commands and files.

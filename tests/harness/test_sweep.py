@@ -209,7 +209,7 @@ def test_options_say_what_is_on_the_machine(tmp_path: Path) -> None:
     (tmp_path / "src/__pycache__").mkdir(parents=True)
     (tmp_path / "src/__pycache__/a.pyc").write_text("")
     (tmp_path / "src/a.py").write_text("")
-    words = [f"--copy={tmp_path}/src", f"--copy={tmp_path}/src/a.py=/etc/b", "--cwd=/work"]
+    words = [f"--copy={tmp_path}/src", f"--copy={tmp_path}/src/a.py=/etc/b", "--cwd=/project"]
     words += ["--precompile=-m pytest 'a b'", "--library=lib", "--program=ip", "--", "true", "-x"]
     options = sweep.arguments(words)
     content = sweep.content(options)
@@ -221,5 +221,5 @@ def test_options_say_what_is_on_the_machine(tmp_path: Path) -> None:
     assert content.precompile == ("-m", "pytest", "a b")
     assert content.userland.libraries == (Path("lib"),)
     assert content.userland.programs == ("ip",)
-    assert content.cwd == "/work"
+    assert content.cwd == "/project"
     assert options.command == ["true", "-x"]

@@ -53,7 +53,11 @@ def test_kernel_comes_out_as_it_went_in(tmp_path: Path, compress: type[bytes]) -
     assert unpacked(bzimage(tmp_path / "vmlinuz", compress(KERNEL))) == KERNEL
 
 
-@pytest.mark.parametrize("payload", [b"\x02\x21L\x18 lz4", gzip.compress(KERNEL)[:60], b""])
+@pytest.mark.parametrize(
+    "payload",
+    [b"\x02\x21L\x18 lz4", gzip.compress(KERNEL)[:60], b""],
+    ids=["lz4", "cut", "empty"],
+)
 def test_what_cannot_be_unpacked_is_none(tmp_path: Path, payload: bytes) -> None:
     assert unpacked(bzimage(tmp_path / "vmlinuz", payload)) is None
 

@@ -221,7 +221,7 @@ def test_command_that_hangs_in_the_middle_does_not_keep_others_from_looking(worl
     store.write(record.with_(phase=Phase.REMOVING))
     started = time.monotonic()
     listed = {o.record.name: o.state for o in world.manager().list()}
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 9, "as long as a change would wait"
     assert listed == {"hangs": "active", "other": "active"}
     assert world.warnings == ["another command is working on hangs"]
     lock.release()
