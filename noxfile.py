@@ -2,6 +2,8 @@
 """What can be run here: ``./nox -l`` lists it, ``./nox`` runs the default sessions."""
 
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import nox
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
 
-from harness import host  # noqa: E402  # the standard library is all it needs
+from harness import host, userland  # noqa: E402  # the standard library is all it needs
 from harness.errors import HarnessError  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
@@ -25,6 +27,12 @@ TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 COVERAGE = "coverage>=7.10.3"  # its subprocess patch
 MACHINES = ("pytest>=8", "pytest-xdist>=3.6", "pytest-testinfra>=10")
 RESULTS = ROOT / "build"
+# What may differ from kernel to kernel; `nox -s kernels -- tests/mounts` runs everything.
+KERNEL_TESTS = (
+    "tests/mounts",
+    "--ignore=tests/mounts/test_cli.py",  # words and exit codes are the same everywhere
+    "--deselect=tests/mounts/test_life.py::test_a_thousand_lives_leave_nothing",  # a minute
+)
 
 
 @nox.session
@@ -52,6 +60,34 @@ def mounts(session: nox.Session) -> None:
         session.skip("needs root, to mount overlays in a mount namespace of its own")
     have(session, {"unshare": "util-linux", "mount": "mount", "setcap": "libcap2-bin"})
     run_tests(session, "tests/mounts")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Test real overlays on bare kernels (-- --kernel=6.1,6.12,unstable --accel=… TESTS)."""
+    options = [word for word in session.posargs if word.startswith(("--kernel=", "--accel="))]
+    tests = [word for word in session.posargs if word not in options] or [*KERNEL_TESTS]
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    libraries = Path(session.create_tmp(), "libraries")
+    shutil.rmtree(libraries, ignore_errors=True)  # pip would keep what is there
+    session.run(
+        *("python", "-m", "pip", "install", "--quiet", "--no-compile", f"--target={libraries}"),
+        # For the machines' Python, not for this one.
+        *("--only-binary=:all:", f"--python-version={userland.PYTHON}"),
+        *(*project["dependencies"], *TESTS),
+        silent=True,
+    )
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    session.run(
+        *("python", "-m", "harness.sweep", "--junit", f"--library={libraries}"),
+        *(f"--copy={name}=/src/{name}" for name in ("overlayd", "tests/mounts", "pyproject.toml")),
+        *("--cwd=/src", "--memory=2048", f"--out={RESULTS / 'kernels'}"),
+        "--allow=overlayfs: maximum fs stacking depth exceeded",  # it is tried
+        f"--precompile={shlex.join([*pytest, '--collect-only', *tests])}",
+        *options,
+        *("--", "python3", *pytest, "-n", "2", *tests),
+        env={"PYTHONPATH": str(ROOT)},
+    )
 
 
 @nox.session(name="harness")

@@ -104,6 +104,16 @@ class Fleet:
             self._known = self._stack.enter_context(self._inputs())
         return self._known
 
+    def prepare(self, case: Case) -> None:
+        """Build and boot what machines of this case go on from.
+
+        :raises HarnessError: if that fails.
+        """
+        if case.machine == CONTAINER:
+            self._container()
+        elif case.machine == VM:
+            self.template(case.kernel)
+
     def acquire(self, case: Case) -> Machine:
         """Return a fresh machine that answers; whoever asked closes it.
 

@@ -120,10 +120,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Refuse options that name no machine, before anything is collected."""
+    """Refuse options that name no machine, and build what is missing before any process starts."""
     hooks = session.config.hook.pytest_harness_provider
     if hooks.get_hookimpls() and not hasattr(session.config, "workerinput"):
-        session.config.stash[STATE].cases()
+        state = session.config.stash[STATE]
+        for case in state.cases():
+            if not session.config.option.collectonly:
+                state.prepare(case)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -62,6 +62,12 @@ class Provider(Protocol):
     def kinds(self) -> Sequence[MachineKind]:
         """The kinds it has, whether this host can run them or not."""
 
+    def prepare(self, case: Case) -> None:
+        """Build what its machines are made of; called once, before there are several processes.
+
+        :raises HarnessError: if it cannot be built; :meth:`acquire` raises it again.
+        """
+
     def acquire(self, case: Case) -> Machine:
         """Return a fresh machine that answers; whoever asked closes it.
 

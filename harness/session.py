@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -67,6 +68,11 @@ class State:
             for kind in self._chosen(kinds)
             for kernel in (kernels if kind.own_kernel else [HOST_KERNEL])
         ]
+
+    def prepare(self, case: Case) -> None:
+        """Have what machines of this case are made of; the tests report why it cannot be had."""
+        with phase(Phase.BUILD), suppress(HarnessError):
+            self.provider.prepare(case)
 
     def _chosen(self, kinds: Mapping[str, MachineKind]) -> list[MachineKind]:
         names = _words(self.config.getoption("--machine"))

@@ -84,6 +84,9 @@ class FakeProvider:
             MachineKind("broken", own_kernel=False, usual=False),
         )
 
+    def prepare(self, case: Case) -> None:
+        """Need nothing."""
+
     def acquire(self, case: Case) -> Machine:
         if case.machine == "odd":
             raise CapabilityError("odd machines cannot be had on this host: no reason at all")

@@ -568,7 +568,7 @@ def test_time_is_told_apart(run: Run, pytester: pytest.Pytester) -> None:
         "--records=records",
     )
     (record,) = records(pytester)
-    assert set(record.phases) == {"boot", "restore", "test", "teardown"}
+    assert set(record.phases) == {"build", "boot", "restore", "test", "teardown"}
     assert record.phases["boot"] > 0.05  # what the provider says
     assert record.phases["test"] > 0.3
     assert record.phases["teardown"] < 5
