@@ -9,6 +9,8 @@ answer gets the cause instead of a time-out.
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import os
 import threading
 import time
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from harness.console import KNOWN_NOISE, Log, died, scan, scan_journal
 from harness.errors import HarnessError, MachineError, RemoteError
 from harness.findings import FATAL, Allow, Finding, Kind
+from harness.logs import from_journal
 from harness.machine import Capability
 
 if TYPE_CHECKING:
@@ -36,17 +39,31 @@ _MARKS = itertools.count(1)
 _MARK_LENGTH: Final = 40  # a mark may come in two pieces
 
 # Two ways into the journal, as each is in order for itself only.  The console shows what is more
-# important than the first number of printk.
-_MARK: Final = """
-m=$1
-case $2 in
-kernel) [ -c /dev/kmsg ] && echo "<3>harness: $m" > /dev/kmsg && echo kernel
-  read level rest < /proc/sys/kernel/printk && [ "$level" -gt 3 ] && echo console;;
-esac
+# important than the first number of printk.  The journal is then read at once: who follows it is
+# told of entries only after 0.25 s (POST_CHANGE_TIMER_INTERVAL_USEC of systemd's journal-file.c).
+_SCRIPT: Final = """
+mark=$1 kernel=$2; shift 2
+if [ "$kernel" ] && [ -c /dev/kmsg ]; then
+  echo "<3>harness: $mark" > /dev/kmsg && echo kernel
+  read -r level rest < /proc/sys/kernel/printk && [ "$level" -gt 3 ] && echo console
+fi
 command -v logger > /dev/null &&
-  logger --socket-errors=on -t harness -p user.notice -- "$m" && echo logger
+  logger --socket-errors=on -t harness -p user.notice -- "$mark" && echo logger
+"""
+_READ: Final = """
+read -r uptime rest < /proc/uptime && echo "uptime $uptime"
+[ $# = 0 ] || journalctl -q -b -o json "$@"
 true
 """
+_WAYS: Final = frozenset({"kernel", "console", "logger"})
+_FIELDS: Final = (
+    "MESSAGE,MESSAGE_ID,PRIORITY,SYSLOG_IDENTIFIER,UNIT,USER_UNIT,JOB_RESULT,_TRANSPORT,_COMM,"
+    "_SYSTEMD_UNIT,COREDUMP_COMM,COREDUMP_PID"
+)
+_MOST_ENTRIES: Final = 2000  # read at once; the others come in time to who follows
+_READS: Final = 3
+_PAUSE: Final = 0.02
+_CURSOR: Final = "__CURSOR"
 
 
 class Watch:
@@ -59,6 +76,9 @@ class Watch:
         self._log = Log()
         self._seen = 0  # characters of the console
         self._marks: dict[str, set[str]] = {}
+        self._begin = 0.0  # of this host's monotonic clock
+        self._cursor = ""  # of the last entry that was read at once
+        self._cursors: set[str] = set()  # of entries that came already
         self._change = threading.Condition()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -70,6 +90,7 @@ class Watch:
 
         :raises MachineError: if the machine broke.
         """
+        self._begin = time.monotonic()
         with suppress(RemoteError):  # nothing is logged there: the console remains
             self.machine.follow(self._event)
             self._follows = True
@@ -103,18 +124,15 @@ class Watch:
             self._let_it_finish()
             return
         mark = f"mark {os.getpid()}-{next(_MARKS):06}"
-        kind = "kernel" if Capability.OWN_KERNEL in self.machine.capabilities else "container"
         try:
             with self._change:
                 self._marks[mark] = set()
-            answer = self.machine.run(["sh", "-c", _MARK, "sh", mark, kind], check=False)
-            ways = set(answer.out.split())
-            if Capability.CONSOLE not in self.machine.capabilities:
-                ways.discard("console")
-            if not self._follows:
-                ways &= {"console"}
-            with self._change:
-                self._change.wait_for(lambda: ways <= self._marks[mark], timeout)
+            ways = self._write(mark)
+            for _ in range(_READS):
+                if self._arrived(mark, ways, _PAUSE) or not self._reads_journal:
+                    break
+                self._ask("sh", "-c", _READ, "sh")  # what it was given it had not taken yet
+            self._arrived(mark, ways, timeout)
         except HarnessError:  # it is off, or has just broken
             if self.machine.broken is not None:
                 self._let_it_finish()
@@ -122,6 +140,50 @@ class Watch:
             with self._change:
                 self._marks.pop(mark, None)
         self._read()
+
+    def _write(self, mark: str) -> set[str]:
+        """Write the mark and read the journal; return the ways on which the mark must arrive."""
+        can = self.machine.capabilities
+        kernel = "yes" if Capability.OWN_KERNEL in can else ""
+        lines = self._ask("sh", "-c", _SCRIPT + _READ, "sh", mark, kernel)
+        ways = _WAYS.intersection(lines)
+        if Capability.CONSOLE not in can:
+            ways -= {"console"}
+        return set(ways if self._follows else ways & {"console"})
+
+    @property
+    def _reads_journal(self) -> bool:
+        return self._follows and Capability.SYSTEMD in self.machine.capabilities
+
+    def _arrived(self, mark: str, ways: set[str], timeout: float) -> bool:
+        with self._change:
+            return self._change.wait_for(lambda: ways <= self._marks[mark], timeout)
+
+    def _ask(self, *command: str) -> list[str]:
+        """Run a script that ends with reading the journal; return its other lines."""
+        start = time.monotonic()
+        options: list[str] = []
+        if self._reads_journal:
+            since = f"--since=-{math.ceil(start - self._begin) + 1}s"
+            where = f"--after-cursor={self._cursor}" if self._cursor else since
+            options = [f"--output-fields={_FIELDS}", f"-n{_MOST_ENTRIES}", where]
+        answer = self.machine.run([*command, *options], check=False)
+        ago = time.monotonic() - self._begin
+        others, entries, begin = [], [], 0.0
+        for line in answer.out.splitlines():
+            if line.startswith("{"):
+                entries.append(from_journal(json.loads(line)))
+            elif line.startswith("uptime "):
+                begin = float(line.removeprefix("uptime ")) - ago
+            else:
+                others.append(line)
+        for event in entries:
+            # What was before the start is not ours.  After a reboot all is of after it.
+            if self._cursor or event.monotonic >= begin:
+                self._event(event)
+        if entries:
+            self._cursor = entries[-1].fields.get(_CURSOR, "")
+        return others
 
     def findings(self) -> tuple[Finding, ...]:
         """Return what was found and is not allowed, since the start or the last :meth:`take`."""
@@ -162,6 +224,10 @@ class Watch:
 
     def _event(self, event: LogEvent) -> None:
         with self._change:
+            if (cursor := event.fields.get(_CURSOR)) is not None:
+                if cursor in self._cursors:
+                    return
+                self._cursors.add(cursor)
             self._log.event(event)
             if "mark " in event.message:
                 self._reached("kernel" if event.kernel else "logger", event.message)

@@ -136,6 +136,12 @@ def test_each_systemd_scene_gives_its_findings_and_no_other(version: str, scene:
     assert matches(found, SYSTEMD_SCENES[scene]), "\n".join(map(str, found))
 
 
+@pytest.mark.parametrize("version", SYSTEMDS)
+def test_console_alone_shows_what_the_kernel_said(version: str) -> None:
+    found = scan(read(f"console-{version}-dirty.log"))
+    assert [finding.kind for finding in found] == [Kind.CORE_DUMP, Kind.OOM]
+
+
 def test_failed_unit_comes_with_what_it_said() -> None:
     (finding,) = scan_journal(journal_scene("257", "fail"))
     assert any("I shall fail" in line for line in finding.lines)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -11,13 +12,17 @@ import pytest
 
 from harness.errors import MachineError
 from harness.findings import Allow, Kind
+from harness.logs import from_journal
+from harness.machine import Capability
 from harness.watch import Watch, boot_findings
 from tests.harness.agents import eventually
 from tests.harness.fakes import FakeMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from harness.logs import LogEvent
 
 WARNING = "WARNING: CPU: 0 PID: 1 at x.c:1 f+0x1/0x2"
 
@@ -162,6 +167,100 @@ def test_stopped_watch_leaves_the_machine_alone(machine: FakeMachine) -> None:
     machine.run(["write", "Kernel panic - not syncing: test"])
     time.sleep(0.5)
     assert machine.broken is None
+
+
+# -- the journal, read at once ------------------------------------------------------------------
+
+JOURNALCTL = """
+echo "$*" >> "{calls}"
+case "$*" in
+*--after-cursor=*) cursor=${{*##*--after-cursor=}}; sed "1,/\\"$cursor\\"/d" "{entries}" ;;
+*) cat "{entries}" ;;
+esac
+"""
+LOG = """
+read -r uptime rest < /proc/uptime
+cursor=$(cat /proc/sys/kernel/random/uuid)
+printf '{{"__CURSOR":"%s","__MONOTONIC_TIMESTAMP":"%s0000",' \\
+  "$cursor" "$(echo "$uptime" | tr -d .)" >> "{entries}"
+printf '"SYSLOG_IDENTIFIER":"%s","MESSAGE":"%s"}}\\n' "$1" "$2" >> "{entries}"
+"""
+
+
+class JournalMachine(FakeMachine):
+    """Who follows its journal is told late, as with the real one, but later."""
+
+    def __init__(self, workdir: Path) -> None:
+        super().__init__(workdir)
+        self.capabilities |= {Capability.SYSTEMD}
+        self.entries = workdir / "entries"
+        self.entries.touch()
+        self.calls = workdir / "calls"
+        self.program("journalctl", JOURNALCTL.format(entries=self.entries, calls=self.calls))
+        self.program("log", LOG.format(entries=self.entries))
+        self.program("logger", 'shift 6; log harness "$*"')
+        self.callbacks: list[Callable[[LogEvent], None]] = []
+
+    def follow(self, callback: Callable[[LogEvent], None]) -> None:
+        self.callbacks.append(callback)
+
+    def deliver(self) -> None:
+        for line in self.entries.read_text().splitlines():
+            for callback in self.callbacks:
+                callback(from_journal(json.loads(line)))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[JournalMachine]:
+    machine = JournalMachine(tmp_path)
+    machine.greet(20)
+    yield machine
+    machine.close()
+
+
+def log_failure(machine: JournalMachine, unit: str) -> None:
+    machine.run(["log", "systemd", f"{unit}: Failed with result 'exit-code'."])
+
+
+def test_journal_is_read_without_waiting_for_who_follows_it(journal: JournalMachine) -> None:
+    watch = Watch(journal)
+    watch.start()
+    for n in range(3):
+        log_failure(journal, f"a{n}.service")
+        start = time.monotonic()
+        watch.settle()
+        assert time.monotonic() - start < 3
+        assert [finding.subject for finding in watch.take()] == [f"a{n}.service"]
+    first, *later = journal.calls.read_text().splitlines()
+    assert "--since=-" in first
+    assert all("--after-cursor=" in call for call in later)
+    watch.stop()
+
+
+def test_what_was_read_is_not_found_again_when_it_arrives(journal: JournalMachine) -> None:
+    watch = Watch(journal)
+    watch.start()
+    log_failure(journal, "early.service")
+    watch.settle()
+    assert len(watch.take()) == 1
+    journal.deliver()
+    assert watch.take() == ()
+    log_failure(journal, "late.service")
+    journal.deliver()
+    assert len(watch.take()) == 1
+    watch.settle()
+    assert watch.take() == ()
+    watch.stop()
+
+
+def test_what_was_logged_before_the_watch_is_not_found(journal: JournalMachine) -> None:
+    log_failure(journal, "old.service")
+    time.sleep(1)  # longer than the answer takes
+    watch = Watch(journal)
+    watch.start()
+    watch.settle()
+    assert watch.take() == ()
+    watch.stop()
 
 
 def test_findings_of_a_boot(machine: FakeMachine) -> None:
