@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PATIENCE: Final = 0.5
 """Seconds that a look waits for a change under way."""
+_WORLD_PATIENCE: Final = 2.0
+"""Seconds that it waits to settle what is unfinished."""
 _LOOKS: Final = 5
 
 
@@ -88,8 +90,12 @@ class Observer:
         """Return the records, with everything finished that a crash cut short."""
         records = self._store.records()
         if state.unfinished(records):
-            with self._store.locked():
-                records = self._settle()
+            try:
+                with self._store.locked(_WORLD_PATIENCE):
+                    records = self._settle()
+            except BusyError as error:
+                # Looking is what tells which it is; and the next command will settle it.
+                self._warn(f"{error.message}; {error.hint}")
         return records
 
     def _settle(self) -> list[Record]:

@@ -33,6 +33,9 @@ _MAX_RECORD: Final = 256 << 10
 _PATIENCE: Final = 10.0
 """Seconds that a short operation waits for another on the same overlay."""
 
+WORLD_PATIENCE = 30.0
+"""Seconds that a change waits for the lock which others hold for moments."""
+
 RECORDS: Final = f"{RUN}/records"
 STORAGE: Final = f"{RUN}/storage"
 STAGE: Final = f"{RUN}/stage"
@@ -50,6 +53,21 @@ def storage_path(uuid: str, which: str = "") -> str:
 def upper_name(number: int) -> str:
     """Return the name of the upper storage with this number."""
     return f"upper.{number}"
+
+
+def _take(fd: int, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                message = "another command keeps the lock of all overlays"
+                hint = f"it hangs or was stopped: fuser -v {_LOCK}"
+                raise BusyError(message, hint=hint) from None
+            time.sleep(0.002)
+        else:
+            return
 
 
 class Lock:
@@ -122,11 +140,15 @@ class Store(World):
             self.unstage(uuid)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock under which names and places are given out."""
+    def locked(self, patience: float | None = None) -> Iterator[None]:
+        """Hold the lock under which names and places are given out.
+
+        :param patience: seconds to wait for it, :data:`WORLD_PATIENCE` unless given.
+        :raises BusyError: if another command keeps it: one that hangs, or was stopped.
+        """
         fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _take(fd, WORLD_PATIENCE if patience is None else patience)
             self._lock_fd = fd
             yield
         finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import targets
+from overlayd import observer, store, targets
 from overlayd.errors import BusyError, ExistsError, OverlaydError
 from overlayd.model import Phase, Request
 from overlayd.progress import Progress
@@ -215,10 +215,10 @@ def test_command_that_hangs_in_the_middle_does_not_keep_others_from_looking(worl
     source = world.source("s", {"a": "new"})
     world.apply("hangs", source, base)
     world.apply("other", source, world.base("other", {"a": "base"}))
-    store = Store(world.warnings.append)
-    (record,) = [known for known in store.records() if known.name == "hangs"]
-    lock = store.lock(record)
-    store.write(record.with_(phase=Phase.REMOVING))
+    other = Store(world.warnings.append)
+    (record,) = [known for known in other.records() if known.name == "hangs"]
+    lock = other.lock(record)
+    other.write(record.with_(phase=Phase.REMOVING))
     started = time.monotonic()
     listed = {o.record.name: o.state for o in world.manager().list()}
     assert time.monotonic() - started < 9, "as long as a change would wait"
@@ -226,3 +226,25 @@ def test_command_that_hangs_in_the_middle_does_not_keep_others_from_looking(worl
     assert world.warnings == ["another command is working on hangs"]
     lock.release()
     assert len(world.manager().list()) == 2, "its removal had not begun"
+
+
+def test_command_stopped_with_the_lock_of_all_delays_others_for_a_bounded_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = world.source("s", {"a": "new"})
+    world.apply("one", source, world.base("one", {"a": "base"}))
+    two = world.base("two", {"a": "base"})
+    monkeypatch.setattr(store, "WORLD_PATIENCE", 0.2)
+    monkeypatch.setattr(observer, "_WORLD_PATIENCE", 0.2)
+    other = Store(world.warnings.append)
+    with other.locked():
+        (record,) = other.records()
+        other.write(record.with_(phase=Phase.REMOVING))  # so that every command wants the lock
+        with pytest.raises(BusyError, match="another command keeps the lock") as caught:
+            world.apply("two", source, two)
+        assert "fuser -v /run/overlayd/lock" in str(caught.value.hint)
+        assert [o.record.name for o in world.manager().list()] == ["one"]
+        assert "keeps the lock" in world.warnings[-1]
+    assert [o.state for o in world.manager().list()] == ["active"]
+    world.manager().remove("one")
+    assert world.leftovers() == []
