@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from overlayd import cleanup, mountinfo, ops, ostree, overlayfs, plan, state, targets
+from overlayd import mountinfo, ostree, overlayfs, plan, state
 from overlayd.errors import OverlaydError
-from overlayd.examine import examine
 from overlayd.executor import Executor, Run
 from overlayd.model import TAG_PREFIX, Overlay, State, check_name
 from overlayd.mountinfo import own_mount
@@ -105,6 +104,8 @@ class Manager(Observer):
 
         :raises OverlaydError: and then nothing is left of it.
         """
+        from overlayd import ops, targets  # noqa: PLC0415  # other commands do not load them
+
         check_name(request.name)
         config = self.config
         self._store.ensure()
@@ -139,6 +140,7 @@ class Manager(Observer):
 
     def _examine(self, request: Request, progress: Progress, *, present: bool) -> Examined:
         """Check all that needs no lock; *present* says that there is a world to ask for records."""
+        from overlayd.examine import examine  # noqa: PLC0415  # for an apply alone
 
         def check_free(place: Place) -> None:
             if not present:
@@ -262,6 +264,8 @@ class Manager(Observer):
 
         :raises OverlaydError: if the records cannot be read.
         """
+        from overlayd import cleanup  # noqa: PLC0415  # for this command alone
+
         if not self._store.exists():
             return []
         return cleanup.clean(self._store, self.remove, dry_run=dry_run)

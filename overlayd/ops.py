@@ -473,18 +473,3 @@ class Commit(Step):
     def apply(self, run: Run) -> None:
         """Make the tree that was built the one that counts."""
         run.write(run.record.with_(phase=Phase.ACTIVE, tree=run.built, pending=None))
-
-
-@dataclass(frozen=True, slots=True)
-class DropStorage(Step):
-    """Unmount storage that is not needed any more."""
-
-    which: str = ""
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return f"unmount the storage {self.which}".rstrip()
-
-    def apply(self, run: Run) -> None:
-        """Unmount it; the kernel frees the memory when the last user is gone."""
-        run.store.drop_storage(run.record.uuid, self.which)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from overlayd import ops, removal
 from overlayd.errors import (
     BusyError,
     ExistsError,
@@ -174,6 +173,8 @@ def plan_apply(
     record: Record, place: Place, measure: Measure, limits: Limits
 ) -> tuple[Operation, ...]:
     """Return what makes the overlay of *record*."""
+    from overlayd import ops  # noqa: PLC0415  # what one command needs, another does not load
+
     layer = record.layers[0]
     # Directories on the way to the target, the layer's own two, and room for what tmpfs charges
     # for attributes since Linux 6.6.
@@ -200,6 +201,8 @@ def plan_apply(
 
 
 def _upper(record: Record, tree: Tree) -> list[Operation]:
+    from overlayd import ops  # noqa: PLC0415  # as above
+
     # Of a read-only overlay the topmost directory stays empty.
     size, inodes = (4096, 8) if record.options.read_only else (record.size, record.inodes)
     return [
@@ -214,6 +217,8 @@ def plan_reset(overlay: Overlay, version: int, around: Sequence[Mount]) -> tuple
     :raises NotFoundError: if there is no such version.
     :raises OverlaydError: if the overlay is in no state for it.
     """
+    from overlayd import ops, removal  # noqa: PLC0415  # as above
+
     record = overlay.record
     if version != 0 and version not in {layer.version for layer in record.layers}:
         message = f"{record.name} has no version {version}"
@@ -232,7 +237,7 @@ def plan_reset(overlay: Overlay, version: int, around: Sequence[Mount]) -> tuple
         steps.append(ops.ShowEntry(record.entry))
     steps += [ops.PutBeneath(record.mount_point), ops.DetachOld(record.mount_point)]
     # The old storage before the record: until that is written the next command knows of it.
-    return (*steps, ops.DropStorage(upper_name(present.upper)), ops.Commit())
+    return (*steps, removal.DropStorage(upper_name(present.upper)), ops.Commit())
 
 
 def plan_remove(
@@ -242,6 +247,8 @@ def plan_remove(
 
     :raises OverlaydError: if it is covered, or holds mounts of others.
     """
+    from overlayd import removal  # noqa: PLC0415  # as above
+
     steps: list[Operation] = [removal.MarkRemoving(overlay.record)]
     if overlay.state is not State.LOST:
         _in_place(overlay, around)
@@ -249,7 +256,7 @@ def plan_remove(
             steps.append(removal.CheckUnused(copied))
         steps.append(removal.Detach(overlay.record.mount_point, lazy))
     # The storage first: as long as there is a record, the next command knows of it.
-    return (*steps, ops.DropStorage(), removal.Retire(lazy))
+    return (*steps, removal.DropStorage(), removal.Retire(lazy))
 
 
 def _in_place(overlay: Overlay, around: Sequence[Mount]) -> Tree:

@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class DropStorage(Step):
+    """Unmount storage that is not needed any more."""
+
+    which: str = ""
+
+    def describe(self) -> str:
+        """Say what the step does."""
+        return f"unmount the storage {self.which}".rstrip()
+
+    def apply(self, run: Run) -> None:
+        """Unmount it; the kernel frees the memory when the last user is gone."""
+        run.store.drop_storage(run.record.uuid, self.which)
+
+
+@dataclass(frozen=True, slots=True)
 class MarkRemoving(Step):
     """Note that the overlay is on its way out."""
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _NOBODY = """
-import encodings.ascii, encodings.latin_1, os, sys, textwrap
-from overlayd import batch, cli, cli_change, cli_look, config, doctor, manager, reconcile
+import encodings.ascii, encodings.latin_1, os, shutil, sys, textwrap
+from overlayd import batch, cleanup, cli, cli_change, cli_look, config, doctor, examine, manager
+from overlayd import ops, reconcile, removal
 config.load()  # whatever is imported late is imported by now: the interpreter may be root's alone
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)

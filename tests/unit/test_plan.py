@@ -370,7 +370,7 @@ def test_reset_of_a_writable_overlay_brings_a_fresh_upper_and_drops_the_old_one(
         *([ops.ShowEntry] if entry else []),
         ops.PutBeneath,
         ops.DetachOld,
-        ops.DropStorage,
+        removal.DropStorage,
         ops.Commit,
     ]
     tree = Tree(version, 5)
@@ -378,7 +378,7 @@ def test_reset_of_a_writable_overlay_brings_a_fresh_upper_and_drops_the_old_one(
     assert ops.BuildOverlay(tree) in steps
     assert ops.PrepareUpper(5) in steps
     assert ops.MountStorage("upper.5", 64 << 20, 1000) in steps
-    assert ops.DropStorage("upper.4") in steps
+    assert removal.DropStorage("upper.4") in steps
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -388,7 +388,7 @@ def test_reset_of_a_read_only_overlay_gives_its_empty_top_a_page(version: int) -
     )
     steps = plan.plan_reset(overlay, version, [])
     assert ops.MountStorage("upper.5", 4096, 8) in steps
-    assert ops.DropStorage("upper.4") in steps
+    assert removal.DropStorage("upper.4") in steps
     assert ops.BuildOverlay(Tree(version, 5)) in steps
 
 
@@ -424,17 +424,17 @@ def test_remove_marks_detaches_and_frees_the_storage_and_then_the_name(lazy: boo
         removal.MarkRemoving,
         *([] if lazy else [removal.CheckUnused]),
         removal.Detach,
-        ops.DropStorage,
+        removal.DropStorage,
         removal.Retire,
     ]
     assert removal.Detach(APP, lazy) in steps
-    assert ops.DropStorage() in steps
+    assert removal.DropStorage() in steps
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_remove_of_a_lost_overlay_detaches_nothing(lazy: bool) -> None:  # noqa: FBT001
     steps = plan.plan_remove(make_overlay(State.LOST), [make_mount(APP)], lazy=lazy)
-    assert kinds(steps) == [removal.MarkRemoving, ops.DropStorage, removal.Retire]
+    assert kinds(steps) == [removal.MarkRemoving, removal.DropStorage, removal.Retire]
 
 
 # Both
