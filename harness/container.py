@@ -23,7 +23,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from harness import host, keeper, quickboot, seed
+from harness import host, keeper, kmsg, quickboot, seed
 from harness.channel import AGENT, Channel
 from harness.child import spawn
 from harness.errors import ChannelError, HostError, MachineError
@@ -178,6 +178,7 @@ class ContainerMachine(Machine):
         Capability.OWN_CLOCK: "its clock is the host's",
         Capability.FREEZE: "its processes cannot be kept",
     }
+    kernel_log = kmsg.DEVICE
 
     def __init__(self, system: System, *, workdir: Path, name: str = "machine") -> None:
         super().__init__(name, workdir=workdir, capabilities=CAPABILITIES)

@@ -57,6 +57,8 @@ class Machine(ABC):
 
     lacks: ClassVar[Mapping[Capability, str]] = {}
     """Why a capability is missing, for skips: ``{Capability.POWER_CUT: "it has no power"}``."""
+    kernel_log: ClassVar[Path | None] = None
+    """Where this host's kernel logs, if it is the machine's kernel."""
 
     def __init__(
         self, name: str, *, workdir: Path, capabilities: frozenset[Capability] = frozenset()
@@ -321,15 +323,20 @@ class Machine(ABC):
                     raise ChannelError(
                         f"{self.name} has not begun a {mode} reboot within {timeout:.0f} s"
                     )
-                now = self.channel.hello(left)
-                booted = now.boot_id != before.boot_id
-                if now.agent != before.agent and (booted or mode == "soft"):
-                    break
+                try:
+                    now = self.channel.hello(left)
+                    booted = now.boot_id != before.boot_id
+                    if now.agent != before.agent and (booted or mode == "soft"):
+                        self._greet(max(1.0, deadline - time.monotonic()))
+                        break
+                except ChannelError:
+                    # The old agent was ended amid the conversation: there will be another.
+                    if self._broken is not None or self._off or time.monotonic() >= deadline:
+                        raise
                 time.sleep(0.1)  # the old system still shuts down
             # A container's boot id is mounted over the host's, and does not survive a soft reboot.
             if mode == "soft" and booted and Capability.OWN_KERNEL in self.capabilities:
                 raise MachineError(f"{self.name} did a system reboot when asked for a soft one")
-            self._greet(max(1.0, deadline - time.monotonic()))
 
     def power_cut(self) -> None:
         """Take the power away at this instant; what was not on the disk is lost."""

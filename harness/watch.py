@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from harness.console import KNOWN_NOISE, Log, died, scan, scan_journal
 from harness.errors import HarnessError, MachineError, RemoteError
 from harness.findings import FATAL, Allow, Finding, Kind
+from harness.kmsg import KernelLog
 from harness.logs import from_journal
 from harness.machine import Capability
 
@@ -83,6 +84,7 @@ class Watch:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._follows = False
+        self._kernel: KernelLog | None = None  # the host's, if the machine runs on that
         self._told = False  # that the machine died
 
     def start(self) -> None:
@@ -91,6 +93,9 @@ class Watch:
         :raises MachineError: if the machine broke.
         """
         self._begin = time.monotonic()
+        if self.machine.kernel_log is not None:
+            with suppress(OSError):  # it may not be read: then it is not watched
+                self._kernel = KernelLog(self.machine.kernel_log)
         with suppress(RemoteError):  # nothing is logged there: the console remains
             self.machine.follow(self._event)
             self._follows = True
@@ -108,6 +113,9 @@ class Watch:
         if self._follows:
             self._follows = False
             self.machine.unfollow(self._event)
+        if self._kernel is not None:
+            self._kernel.close()
+            self._kernel = None
 
     def allow(self, *allowances: Allow) -> None:
         """Let these pass until the next :meth:`take`."""
@@ -191,13 +199,17 @@ class Watch:
         with self._change:
             if self.machine.broken is not None and not self._told:
                 self._add_death(self.machine.broken)
-            return self._log.findings((*self._always, *self._now))
+            allowed = (*self._always, *self._now)
+            found = self._log.findings(allowed)
+            return found + (self._kernel.findings(allowed) if self._kernel is not None else ())
 
     def take(self) -> tuple[Finding, ...]:
         """Return the findings, and begin anew without them and without what :meth:`allow` said."""
         found = self.findings()
         with self._change:
             self._log.forget()
+            if self._kernel is not None:
+                self._kernel.forget()
             self._now.clear()
         return found
 

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -175,6 +175,27 @@ def test_reboot_waits_while_the_old_system_shuts_down(
         )
         able.reboot(timeout=30)
         assert able.hello.boot_id == "second"
+
+
+def test_reboot_goes_on_when_an_agent_is_ended_amid_its_greeting(
+    able: LocalMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with able:
+        able.greet()
+        request = able.channel.request
+        ended: list[str] = []
+
+        def interrupted(op: str, **arguments: Any) -> dict[str, object]:  # noqa: ANN401
+            if op == "load" and not ended:
+                ended.append(op)
+                able.agent.kill()
+                able.agent.start()
+            return request(op, **arguments)
+
+        monkeypatch.setattr(able.channel, "request", interrupted)
+        able.reboot(timeout=30)
+        assert ended
+        assert able.run("echo up").out == "up\n"
 
 
 def test_reboot_that_never_begins_breaks_the_machine(

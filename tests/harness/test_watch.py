@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -102,6 +103,35 @@ def test_allowance_holds_until_taken(machine: FakeMachine, watch: Watch) -> None
     assert len(watch.take()) == 1
 
 
+def test_log_of_the_hosts_kernel_counts_where_it_is_the_machines(
+    machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path / "kmsg"
+    os.mkfifo(device)
+    monkeypatch.setattr(type(machine), "kernel_log", device)
+    watch = Watch(machine)
+    watch.start()
+    log = os.open(device, os.O_WRONLY)
+    try:
+        for record, found in (
+            ("2,1,5000,-;BUG: unable to handle page fault", [Kind.OOPS]),
+            (f"4,2,5000,-;{WARNING}", [Kind.OOPS, Kind.WARNING]),
+        ):
+            os.write(log, record.encode())
+            assert kinds(watch) == found
+        watch.take()
+        for record in (
+            "3,3,5000,-;Out of memory: Killed process 9 (somebody-elses)",  # not ours to judge
+            f"12,4,5000,-;{WARNING}",  # a program wrote that
+            "4,5,5000,-;overlayfs: failed to clone lowerpath",  # nor that
+        ):
+            os.write(log, record.encode())
+            assert kinds(watch) == []
+    finally:
+        os.close(log)
+        watch.stop()
+
+
 def test_panic_ends_a_wait_within_a_second_or_two(machine: FakeMachine, watch: Watch) -> None:
     def panic() -> None:
         time.sleep(0.3)
@@ -182,7 +212,7 @@ LOG = """
 read -r uptime rest < /proc/uptime
 cursor=$(cat /proc/sys/kernel/random/uuid)
 printf '{{"__CURSOR":"%s","__MONOTONIC_TIMESTAMP":"%s0000",' \\
-  "$cursor" "$(echo "$uptime" | tr -d .)" >> "{entries}"
+  "$cursor" "$(($(echo "$uptime" | tr -d .) + 1))" >> "{entries}"  # in 10 ms, rounded up
 printf '"SYSLOG_IDENTIFIER":"%s","MESSAGE":"%s"}}\\n' "$1" "$2" >> "{entries}"
 """
 
