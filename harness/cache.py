@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,7 +155,11 @@ class Cache:
             yield place / "data"
 
     def list(self) -> tuple[Entry, ...]:
-        """Return all finished entries, the one used last first."""
+        """Return all finished entries, the one used last first.
+
+        What several have in common, as hard links, counts for the first of them: that is what is
+        left when the others are pruned.
+        """
         entries = []
         for place in self._entries.glob("*/*"):
             kind, key = place.parent.name, place.name
@@ -164,8 +168,10 @@ class Cache:
             with suppress(OSError):  # pruned this moment
                 used = (place / "label").stat().st_mtime
                 label = (place / "label").read_text(encoding="utf-8", errors="replace").strip()
-                entries.append(Entry(kind, key, label, disk_usage(place), used, place / "data"))
-        return tuple(sorted(entries, key=lambda entry: entry.used, reverse=True))
+                entries.append(Entry(kind, key, label, 0, used, place / "data"))
+        entries.sort(key=lambda entry: entry.used, reverse=True)
+        seen: set[tuple[int, int]] = set()
+        return tuple(replace(each, size=disk_usage(each.path.parent, seen)) for each in entries)
 
     def prune(
         self, limit: int | None = None, progress: Callable[[str], None] = lambda _line: None

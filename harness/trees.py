@@ -30,13 +30,15 @@ FS_APPEND_FL = 0x20
 IGNORED_NAMES = frozenset({"__pycache__"})  # what Python writes beside sources is no input
 
 
-def disk_usage(path: Path) -> int:
+def disk_usage(path: Path, seen: set[tuple[int, int]] | None = None) -> int:
     """Return the bytes of disk that *path* and all beneath it take.
 
     Blocks are counted, not lengths (sparse files), and a file with several links once.  What
     vanishes meanwhile counts nothing.
+
+    :param seen: files with several links that were counted elsewhere, and get counted here.
     """
-    seen: set[tuple[int, int]] = set()
+    seen = set() if seen is None else seen
     total = 0
     pending = [os.fspath(path)]
     while pending:

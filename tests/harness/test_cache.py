@@ -440,6 +440,20 @@ def test_size_counts_blocks_and_hard_links_once(cache: Cache) -> None:
     assert entry.label == "sparse"
 
 
+def test_what_entries_share_counts_once_and_for_the_one_used_last(cache: Cache) -> None:
+    with cache.entry("disk", K1, writes(MIB)) as first:
+        pass
+    with cache.entry("disk", K2, lambda path: os.link(first / "content", path / "content")) as path:
+        for place, used in (first, 1), (path, 2):
+            os.utime(place.parent / "label", (used, used))
+    sizes = {entry.key: entry.size for entry in cache.list()}
+    assert sizes[K1] < MIB <= sizes[K2] < 2 * MIB
+    os.utime(first.parent / "label", (3, 3))
+    sizes = {entry.key: entry.size for entry in cache.list()}
+    assert sizes[K2] < MIB <= sizes[K1] < 2 * MIB
+    assert cache.prune(MIB + (16 << 10))[0].key == K2
+
+
 # -- what else may lie there -------------------------------------------------------------------
 
 
