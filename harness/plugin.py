@@ -25,7 +25,7 @@ from harness.guard import Guard, Verdict
 from harness.machine import Machine  # noqa: TC001 - pytest may look at fixtures' annotations
 from harness.provider import Case, Hooks
 from harness.results import Record
-from harness.session import STATE, State, case_of, leaks_of, name_of
+from harness.session import STATE, State, case_of, in_order, leaks_of, name_of
 from harness.summary import Summary, outcome_of, reason_of
 from harness.testinfra_backend import get_host
 from harness.timings import LEDGER, Phase, phase
@@ -103,6 +103,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     from harness.scheduling import MachineScheduling  # noqa: PLC0415 - xdist may be absent
 
     return MachineScheduling(config, log, cases=config.stash[STATE].cases())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have what takes long begin early."""
+    items[:] = in_order(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -183,7 +189,7 @@ def host(machine_case: Case, request: pytest.FixtureRequest) -> Host:
 @pytest.fixture(autouse=True)
 def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Check what is left in the machine once the fixtures that the test has beside it are gone."""
-    if "machine_case" not in request.fixturenames:
+    if not {"machine", "machine_module", "host"} & set(request.fixturenames):
         yield
         return
     item = request.node

@@ -28,13 +28,15 @@ HOST_KERNEL = "host"
 class MachineKind:
     """A kind of machine that a provider has.
 
-    :ivar own_kernel: whether it can be had with different kernels.
+    :ivar own_kernel: whether it can be had with different kernels, and
+    :ivar kernels: what they are called, if not all names will do.
     :ivar usual: whether it is among those that are used when none is named.
     """
 
     name: str
     own_kernel: bool = True
     usual: bool = True
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

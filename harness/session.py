@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +17,7 @@ from harness.provider import HOST_KERNEL, IMAGE_KERNEL, Case
 from harness.timings import Phase, phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from harness.findings import Allow
     from harness.machine import Capability, Machine
@@ -63,9 +64,16 @@ class State:
         """
         kinds = {kind.name: kind for kind in self.provider.kinds}
         kernels = _words(self.config.getoption("--kernel")) or [IMAGE_KERNEL]
+        chosen = self._chosen(kinds)
+        for kind in chosen:
+            unknown = [name for name in kernels if kind.kernels and name not in kind.kernels]
+            if unknown and kind.own_kernel:
+                raise pytest.UsageError(
+                    f"--kernel: no {', '.join(unknown)} here, but {', '.join(kind.kernels)}"
+                )
         return [
             Case(kind.name, kernel)
-            for kind in self._chosen(kinds)
+            for kind in chosen
             for kernel in (kernels if kind.own_kernel else [HOST_KERNEL])
         ]
 
@@ -159,6 +167,31 @@ def case_of(item: pytest.Item) -> Case | None:
     callspec = getattr(item, "callspec", None)
     case = callspec.params.get("machine_case") if callspec is not None else None
     return case if isinstance(case, Case) else None
+
+
+def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Return tests in the order in which they had better run.
+
+    What takes long begins early, so that the processes of a run end together.  First come machines
+    with a kernel of their own, which may well be emulated, and of these tests that have a machine
+    for themselves: often it is since they reboot it.  Then machines with many tests come before
+    those with few.
+    """
+    groups = {item: _group(item) for item in items}
+    sizes = Counter(groups.values())
+
+    def place(item: pytest.Item) -> tuple[int, bool, int]:
+        case, shared, _ = groups[item]
+        kind = 2 if case is None else int(case.kernel == HOST_KERNEL)
+        return kind, shared, -sizes[groups[item]] if shared else 0
+
+    return sorted(items, key=place)
+
+
+def _group(item: pytest.Item) -> tuple[Case | None, bool, str]:
+    """Return what is the same for tests that share a machine."""
+    shared = "machine_module" in getattr(item, "fixturenames", ())
+    return case_of(item), shared, item.nodeid.partition("::")[0]
 
 
 def name_of(item: pytest.Item) -> str:

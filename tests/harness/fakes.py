@@ -78,7 +78,7 @@ class FakeProvider:
     @property
     def kinds(self) -> Sequence[MachineKind]:
         return (
-            MachineKind("vm"),
+            MachineKind("vm", kernels=("image", "6.1", "6.12")),
             MachineKind("container", own_kernel=False),
             MachineKind("odd", own_kernel=False, usual=False),
             MachineKind("broken", own_kernel=False, usual=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,25 @@ def test_unknown_machine_is_refused_with_the_known_ones(run: Run) -> None:
     result = run("def test_it(machine): pass", "--machine=vm,toaster")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--machine: no toaster here, but both, vm, container, odd*"])
+
+
+def test_unknown_kernel_is_refused_at_once(run: Run) -> None:
+    result = run("def test_it(machine): pass", "--machine=both", "--kernel=6.1,5.10")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--kernel: no 5.10 here, but image, 6.1, 6.12*"])
+
+
+def test_what_takes_long_begins_early(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_first="def test_plain(): pass\ndef test_one(machine_module): pass",
+        test_second="def test_two(machine_module): pass\ndef test_three(machine_module): pass",
+    )
+    result = run("def test_own(machine): pass", "--machine=both", "-v")
+    shown = re.findall(r"::test_(\w+(?:\[\w+)?)", result.stdout.str())
+    assert shown == [
+        *("own[vm", "two[vm", "three[vm", "one[vm"),
+        *("own[container", "two[container", "three[container", "one[container", "plain"),
+    ]
 
 
 def test_project_without_machines_is_told_what_to_implement(pytester: pytest.Pytester) -> None:
