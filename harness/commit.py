@@ -204,6 +204,21 @@ def commit(repo: Path, ref: str, tree: Path, *, subject: str, consume: bool = Fa
     return run(command, what=f"committing {ref}").strip()
 
 
+def commit_over(repo: Path, ref: str, below: str, layers: Iterable[Layer], *, subject: str) -> str:
+    """Commit to *ref* what *below*, a ref of *repo*, is with *layers* over it.
+
+    Only the layers are read; none may remove anything.  Return the commit's checksum, which is the
+    same whenever *below* and the layers are: the commit has the time of *below* and no parent.
+    """
+    shown = run(["ostree", f"--repo={repo}", "show", below], what=f"looking at {below}")
+    made = next(line for line in shown.splitlines() if line.startswith("Date:"))
+    command = ["ostree", f"--repo={repo}", "commit", f"--branch={ref}", f"--subject={subject}"]
+    command += ["--bootable", "--fsync=false", "--parent=none", f"--tree=ref={below}"]
+    command += [f"--tree=dir={layer.tree}" for layer in layers]
+    command.append(f"--timestamp={made.removeprefix('Date:').strip()}")
+    return run(command, what=f"committing {ref}").strip()
+
+
 def combine(tree: Path, layers: Iterable[Layer], out: Path) -> None:
     """Make *out* what *tree* is with *layers* over it, each over those before it.
 

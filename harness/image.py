@@ -3,8 +3,9 @@
 
     base            a Containerfile's base stage, committed               minutes, once
     kernel-layer    another kernel with its initramfs, over the base      a quarter of one, once
+    layer           packages and files, over the base                     a second, for each change
     kernel-files    what boots a disk with base and kernel                seconds, once
-    image           base, kernel, files and packages: one commit,         seconds, for each change
+    image           base, kernel and layer: one commit,                   seconds, for each change
                     deployed on a disk
 
 The image is an ordinary one.  It can be booted in two ways: *plain*, with the initramfs and the
@@ -46,6 +47,7 @@ _LAYER_BUILDERS: Final = ("layer.py", "commit.py")
 _FILES_BUILDERS: Final = ("image.py", "quickboot.py", "initramfs.py", "elf.py", "vmlinux.py")
 _BUILDERS: Final = (*_LAYER_BUILDERS, "image.py", "disk.py", "manifest.py", "seed.py")
 _DESCRIPTION: Final = "image.json"
+_REMOVED: Final = "removed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,16 @@ class ImageInputs:
     seed: Path | None = None
     stateroot: str = "debian"
     disk_size: int = disk.SIZE
+
+    @property
+    def ref(self) -> str:
+        """OSTree's name for what is deployed."""
+        return f"{self.name}/{self.recipe.suite}"
+
+    @property
+    def subject(self) -> str:
+        """The first line of the commit's message."""
+        return " ".join([self.name, *(path.stem for path in self.packages)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +156,8 @@ def build(
             _write_files(built / "tree", tree / commit.MODULES / commit.release(tree), apt, stage)
 
     def make_image(stage: Path) -> None:
-        with below() as (built, layers):
-            _assemble(inputs, built, layers, stage, say)
+        with below() as (built, layers), layer_entry(inputs, cache, base_key, say) as above:
+            _assemble(inputs, built, [*layers, *above], stage, say)
 
     release = kernel.release if kernel else ""
     label = " ".join([inputs.name, release, *(path.stem for path in inputs.packages)])
@@ -172,19 +184,44 @@ def base_entry(recipe: Recipe, cache: Cache, base_key: str, say: Say) -> Iterato
 
 
 @contextmanager
+def layer_entry(
+    inputs: ImageInputs, cache: Cache, base_key: str, say: Say
+) -> Iterator[tuple[commit.Layer, ...]]:
+    """Give what packages and files of *inputs* are over the base: one layer, or none if none."""
+    if not inputs.packages and not inputs.files:
+        yield ()
+        return
+
+    def make(stage: Path) -> None:
+        with base_entry(inputs.recipe, cache, base_key, say) as below:
+            made = layer.packages(below / "tree", stage, inputs.packages, files=inputs.files)
+        _keep_removed(stage, made)
+
+    parts = (base_key, *_sources(_LAYER_BUILDERS), *_contents(inputs))
+    label = " ".join(path.stem for path in inputs.packages) or "files"
+    with cache.entry("layer", key(*parts), make, say, label=label) as entry:
+        yield (_kept_layer(entry),)
+
+
+@contextmanager
 def _kernel_entry(
     below: Path, kernel: Kernel, cache: Cache, kernel_key: str, say: Say
 ) -> Iterator[commit.Layer]:
-    removed = "removed.json"
-
     def make(stage: Path) -> None:
-        made = layer.kernel(below / "tree", stage, kernel)
-        (stage / removed).write_text(json.dumps(made.removed), encoding="utf-8")
+        _keep_removed(stage, layer.kernel(below / "tree", stage, kernel))
 
     label = f"{kernel.release}, with an initramfs"
     with cache.entry("kernel-layer", kernel_key, make, say, label=label) as entry:
-        names = json.loads((entry / removed).read_text(encoding="utf-8"))
-        yield commit.Layer(tree=entry / "tree", removed=tuple(names))
+        yield _kept_layer(entry)
+
+
+def _keep_removed(stage: Path, made: commit.Layer) -> None:
+    (stage / _REMOVED).write_text(json.dumps(made.removed), encoding="utf-8")
+
+
+def _kept_layer(entry: Path) -> commit.Layer:
+    removed = json.loads((entry / _REMOVED).read_text(encoding="utf-8"))
+    return commit.Layer(tree=entry / "tree", removed=tuple(removed))
 
 
 def _kernel_key(base_key: str, kernel: Kernel | None) -> str:
@@ -196,13 +233,18 @@ def _kernel_key(base_key: str, kernel: Kernel | None) -> str:
 def _inputs(inputs: ImageInputs, base_key: str, kernel_key: str) -> Iterator[str | bytes | Path]:
     yield from (base_key, kernel_key, inputs.name, inputs.stateroot, str(inputs.disk_size))
     yield from _sources(_BUILDERS)
+    yield from _contents(inputs)
+    if inputs.seed:
+        for name, data in sorted(seed.read(inputs.seed).items()):
+            yield from (name, data)
+
+
+def _contents(inputs: ImageInputs) -> Iterator[str | Path]:
+    """Yield what tells one layer of packages and files from another."""
     for path in inputs.packages:
         yield from (path.name, path)
     for name, path in sorted(inputs.files.items()):
         yield from (name, path)
-    if inputs.seed:
-        for name, data in sorted(seed.read(inputs.seed).items()):
-            yield from (name, data)
 
 
 def _sources(names: Iterable[str]) -> list[Path]:
@@ -225,21 +267,18 @@ def _assemble(
     need_root("building an image")
     timed = Timer(say, "image")
     work = out / "work"
-    sysroot, top = work / "sysroot", work / "top"
-    for directory in (work, sysroot, top):
+    sysroot = work / "sysroot"
+    for directory in (work, sysroot):
         directory.mkdir()
     try:
-        if inputs.packages or inputs.files:
-            made = layer.packages(below / "tree", top, inputs.packages, files=inputs.files)
-            layers = [*layers, made]
-            timed("packages and files")
         repo = disk.make_sysroot(sysroot, inputs.stateroot, below / "repo")
-        ref = f"{inputs.name}/{inputs.recipe.suite}"
-        subject = " ".join([inputs.name, *(path.stem for path in inputs.packages)])
-        commit.combine(below / "tree", layers, work / "tree")
-        commit.commit(repo, ref, work / "tree", subject=subject)
+        if not any(each.removed for each in layers):
+            commit.commit_over(repo, inputs.ref, base.REF, layers, subject=inputs.subject)
+        else:
+            commit.combine(below / "tree", layers, work / "tree")
+            commit.commit(repo, inputs.ref, work / "tree", subject=inputs.subject)
         timed("the commit")
-        deployed = disk.deploy(sysroot, inputs.stateroot, ref, drop=[base.REF])
+        deployed = disk.deploy(sysroot, inputs.stateroot, inputs.ref, drop=[base.REF])
         timed("the deployment")
         _describe(inputs, sysroot / deployed.root, deployed, out)
         timed("its manifest")

@@ -33,8 +33,12 @@ CONSOLE: Final = "console.log"
 TUNING: Final = (
     "quiet loglevel=3 mitigations=off audit=0 lsm=landlock,yama nokaslr"
     " tsc=reliable no_timer_check random.trust_cpu=on 8250.nr_uarts=1"
+    " init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off"
 )
-"""Kernel arguments that halve a boot under TCG (52 s to 27 s for a Debian 13 with systemd)."""
+"""Kernel arguments that halve a boot under TCG (52 s to 27 s for a Debian 13 with systemd).
+
+The last three undo Debian's hardening of memory; without them everything takes a quarter longer.
+"""
 
 
 class Accelerator(StrEnum):

@@ -343,8 +343,9 @@ class QemuMachine(Machine):
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Boot alone: two boots at once under TCG starve each other, on few processors."""
-        if self.spec.accelerator is not Accelerator.TCG:
+        """Boot alone where two boots at once would starve each other: on few processors."""
+        enough = 2 * self.spec.cpus <= len(os.sched_getaffinity(0))
+        if enough or self.spec.accelerator is not Accelerator.TCG:
             yield
             return
         with alone("boot"):

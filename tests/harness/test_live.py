@@ -1,26 +1,90 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a machine has after a layer was put on it, told without looking there."""
+"""A layer put into a machine that runs: on its disk and for OSTree it is as if it was booted so."""
 
 from __future__ import annotations
 
+import os
+import tarfile
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness import live, manifest
+import pytest
+
+from harness import disk, live
+from harness.cache import Cache, default_root
+from harness.fleet import Fleet
+from harness.provider import IMAGE_KERNEL, Case
+from harness.vm import QemuMachine
 from tests.harness.trees_of_debian import write
+from tests.system import project
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="images need root")
 
-def test_manifest_with_a_layer_is_that_of_both_together(tmp_path: Path) -> None:
-    below, above, both = (tmp_path / name for name in ("below", "above", "both"))
-    for name in ("bin/kept", "bin/gone", "share/whole/a", "share/whole/b", "share/who", "z y/x"):
-        write(below / name, name)
-        if name != "bin/gone" and "whole" not in name:
-            write(both / name, name)
-    for name in ("bin/new", "bin/kept", "share/whole/c", "share.d/é", "share/a b"):
-        write(above / name, f"{name} above")
-        write(both / name, f"{name} above")
-    removed = ("/usr/bin/gone", "/usr/share/whole")
-    lines = live.merged(manifest.lines(below), removed, manifest.lines(above))
-    assert lines == list(manifest.lines(both))
+# $1: the commit.  In the root of a disk: every byte of what is deployed, against the commit.
+_COMPARE = """
+ostree --repo=ostree/repo fsck --quiet
+ostree --repo=ostree/repo diff "$1" "./ostree/deploy/debian/deploy/$1.0" | grep -w usr || true
+"""
+
+
+@pytest.fixture
+def machine() -> Iterator[QemuMachine]:
+    """Give a VM of the project's image without its package."""
+    cache = Cache(default_root())
+    with project.inputs(cache, print) as inputs:
+        bare = replace(inputs, packages=())
+        fleet = Fleet(lambda: nullcontext(bare), cache)
+        try:
+            with fleet.acquire(Case("vm", IMAGE_KERNEL)) as machine:
+                assert isinstance(machine, QemuMachine)
+                yield machine
+        finally:
+            fleet.close()
+
+
+def test_it_is_a_deployment_of_a_commit_with_the_layer(
+    machine: QemuMachine, tmp_path: Path
+) -> None:
+    before = deployed(machine)
+    tree = tmp_path / "tree"
+    write(tree / "usr/bin/added", "#!/bin/sh\necho added\n", mode=0o755)
+    write(tree / "usr/share/base-files/motd", "replaced\n")
+    write(tree / "usr/etc/added.conf", "of the layer\n")
+    archive = tmp_path / "layer.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tree, ".")
+    gone = ("/usr/share/doc/bash", "/usr/bin/less")
+    top = live.Top(archive=archive, removed=gone, ref="test/ref", subject="a layer", fingerprint="")
+    live.put_on(machine, top)
+    commit = deployed(machine)
+    assert commit != before
+    assert machine.run("ostree show test/ref").out.split()[1] == commit
+    check(machine)
+    machine.run("sync")
+    machine.power_cut()
+    compare = ["sh", "-euc", _COMPARE, "sh", commit]
+    assert disk.look(machine.spec.disks[0].path, compare) == ""
+    machine.start()
+    assert deployed(machine) == commit
+    check(machine)
+
+
+def deployed(machine: QemuMachine) -> str:
+    """Return the commit that is booted, as OSTree tells."""
+    star, _, name = machine.run("ostree admin status").out.split()[:3]
+    assert star == "*"
+    return name.removesuffix(".0")
+
+
+def check(machine: QemuMachine) -> None:
+    """Insist that the layer is there, and that /usr is as closed as before."""
+    said = machine.run("added; cat /usr/share/base-files/motd /etc/added.conf").out
+    assert said == "added\nreplaced\nof the layer\n"
+    for path in ("/usr/bin/less", "/usr/share/doc/bash"):
+        assert machine.run(["test", "-e", path], check=False).returncode == 1
+    assert machine.run("touch /usr/x /sysroot/x", check=False).returncode == 1

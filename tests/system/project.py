@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from harness import package
 from harness.base import Recipe
 from harness.cache import Cache, default_root, key
+from harness.findings import Allow, Kind
 from harness.fleet import Fleet
 from harness.image import ImageInputs
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).parents[2]
 _CACHE: Final = "OVERLAYD_CACHE"
 WARM_UP: Final = "overlayd doctor; overlayd list; pkexec --version; python3 -c 'import json'"
+ALLOWED: Final = (
+    Allow(
+        "maximum fs stacking depth exceeded",
+        "overlayd doctor tries how many overlays can be stacked",
+        Kind.OVERLAYFS,
+    ),
+)
 
 
 @contextmanager
@@ -43,7 +51,14 @@ def fleet(
 ) -> Fleet:
     """Return the machines with the tree as it is now."""
     kept = Cache(default_root())
-    return Fleet(lambda: inputs(kept, say), kept, accelerator=accelerator, warm_up=WARM_UP, say=say)
+    return Fleet(
+        lambda: inputs(kept, say),
+        kept,
+        accelerator=accelerator,
+        warm_up=WARM_UP,
+        allowed=ALLOWED,
+        say=say,
+    )
 
 
 @contextmanager
