@@ -63,6 +63,9 @@ rm -rf /run/overlayd
 """
 
 
+_PRISTINE: Final[dict[tuple[str, str], str]] = {}
+
+
 @dataclass(frozen=True)
 class Shown:
     """What overlayd says of an overlay, as far as tests ask (docs/json.md)."""
@@ -195,6 +198,13 @@ class Guest:
     def usr(self) -> str:
         """Return what is equal as long as nobody changed anything in the /usr of the commit."""
         return self.sh(_USR)
+
+    def usr_of_the_commit(self) -> str:
+        """Return what :meth:`usr` is on every machine like this one that nobody touched."""
+        kind = type(self.machine).__name__, self.machine.kernel
+        if kind not in _PRISTINE:
+            _PRISTINE[kind] = self.usr()
+        return _PRISTINE[kind]
 
     def wait_for_mount_units(self) -> None:
         """Return when systemd has noticed all of overlayd's mounts."""

@@ -42,7 +42,7 @@ def package() -> Iterator[Path]:
 @pytest.mark.needs(Capability.OSTREE)
 def test_dpkg_unpacks_a_package_into_an_overlay_on_usr(fresh: Guest, package: Path) -> None:
     fresh.machine.copy_in(package, DEB)
-    usr = fresh.usr()
+    usr = fresh.usr_of_the_commit()
     # OSTree keeps dpkg's database in the image, so that it is of the deployment.
     assert fresh.sh("readlink -f /var/lib/dpkg").startswith("/usr/")
     refused = fresh.sh(f"{UNPACK} 2>&1", check=False)

@@ -36,7 +36,7 @@ touch stop; wait; tail -n 1 open; tail -n 1 own
 def test_readers_see_no_gap_while_an_overlay_is_reset(
     guest: Guest, rounds: int, request: pytest.FixtureRequest, covers: str
 ) -> None:
-    resets = (8 if guest.emulated else 30) if rounds == 1 else (50 if guest.emulated else 200)
+    resets = (4 if guest.emulated else 30) if rounds == 1 else (50 if guest.emulated else 200)
     source = guest.source("gap", {"motd": "overlay\n"})
     guest.machine.copy_in(READER, f"{SOURCES}/reader.py")
     where = (source, BASE) if covers == "directory" else (f"{source}/motd", f"{BASE}/motd")

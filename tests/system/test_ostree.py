@@ -29,7 +29,7 @@ def test_deployment_is_named_and_unchanged_by_overlays(guest: Guest) -> None:
     checksum = guest.sh("ostree admin status | sed -n 's/^\\* [^ ]* //p'")
     deployed = guest.sh('echo /sysroot/ostree/deploy/*/deploy/"$1"/usr', checksum)
     trees = f"{deployed}/share/base-files", f"{deployed}/share/terminfo"
-    usr, beneath = guest.usr(), [guest.listing(tree) for tree in trees]
+    usr, beneath = guest.usr_of_the_commit(), [guest.listing(tree) for tree in trees]
     source = guest.source("edit", {"motd": "Try me.\n"})
     with (
         guest.overlay("one", source, BASE) as overlay,

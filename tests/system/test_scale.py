@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from tests.system.guest import Guest
 
 MANY = 500
-FEWER = 60
-"""In an emulated machine, unless more rounds are asked for: 500 take a minute there."""
+FEWER = 25
+"""In an emulated machine, unless more rounds are asked for: 500 take minutes there."""
 
 # Directories without others in them do not nest.  Not where programs have files mapped.
 _TARGETS = "find /usr/share /usr/lib/modules -xdev -type d -links 2 | sort | head -n $1"

@@ -50,7 +50,7 @@ class Readers:
         """Start a service."""
         self.guest.sh(
             'mkdir -p /run/readers; printf "%s" "$2" > "/run/systemd/system/$1.service"; '
-            'systemctl daemon-reload; systemctl start "$1"',
+            'systemctl start "$1"',
             name,
             f"{text}{settings}\n",
         )
