@@ -16,7 +16,7 @@ from harness import host, userland  # noqa: E402  # the standard library is all 
 from harness.errors import HarnessError  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "unit", "mounts"]
+nox.options.sessions = ["lint", "unit", "mounts", "kernels", "system", "harness"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -27,6 +27,18 @@ TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 COVERAGE = "coverage>=7.10.3"  # its subprocess patch
 MACHINES = ("pytest>=8", "pytest-xdist>=3.6", "pytest-testinfra>=10")
 RESULTS = ROOT / "build"
+HARNESS_PROGRAMS = {
+    "dpkg-buildpackage": "dpkg-dev",
+    "lintian": "lintian",
+    "git": "git",
+    "cpio": "cpio",
+    "busybox": "busybox-static",
+    "ostree": "ostree",
+    "mkfs.ext4": "e2fsprogs",
+    "systemd-nspawn": "systemd-container",
+    "podman": "podman",
+    "crun": "crun",
+}
 # What may differ from kernel to kernel; `nox -s kernels -- tests/mounts` runs everything.
 KERNEL_TESTS = (
     "tests/mounts",
@@ -95,7 +107,7 @@ def harness_tests(session: nox.Session) -> None:
     """Test the harness itself, on real machines where it needs them."""
     if os.geteuid() != 0:
         session.skip("needs root, for machines")
-    have(session, {"dpkg-buildpackage": "dpkg-dev", "lintian": "lintian", "git": "git"})
+    have(session, HARNESS_PROGRAMS, qemu=True)
     session.install(*MACHINES, *TESTS)
     session.run("pytest", "-n", "auto", *(session.posargs or ["tests/harness"]))
 
@@ -218,9 +230,11 @@ def run_tests(session: nox.Session, directory: str) -> None:
     )
 
 
-def have(session: nox.Session, packages: dict[str, str]) -> None:
+def have(session: nox.Session, packages: dict[str, str], *, qemu: bool = False) -> None:
     """Have these commands: what is missing is installed from its package, by APT and as root."""
     try:
         host.need(packages)
+        if qemu:
+            host.qemu()
     except HarnessError as error:
         session.error(f"{error.message}; {error.hint}" if error.hint else error.message)
