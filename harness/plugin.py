@@ -54,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="kernels of machines that have their own, like 6.1,6.12 (default: the image's)",
     )
     group.addoption("--accel", choices=["auto", "kvm", "tcg"], default="auto")
+    group.addoption(
+        "--everywhere", action="store_true", help="run on each machine what is marked 'once', too"
+    )
     group.addoption("--no-cache", action="store_true", help="build everything anew")
     group.addoption(
         "--sit", action="store_true", help="at the first failure keep the machine and wait"
@@ -117,6 +120,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "needs(*capabilities): skip where the machine cannot do these"
     )
     config.addinivalue_line(
+        "markers", "once: is the same on all machines; runs on the last that was asked for"
+    )
+    config.addinivalue_line(
         "markers",
         "allow_findings(pattern, reason, kind=None): let these pass in the machine's logs",
     )
@@ -145,6 +151,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes a machine on each."""
     if "machine_case" in metafunc.fixturenames:
         cases = metafunc.config.stash[STATE].cases()
+        if metafunc.definition.get_closest_marker("once") and not metafunc.config.option.everywhere:
+            cases = cases[-1:]
         shared = "machine_module" in metafunc.fixturenames
         ids = [case.shared_id if shared else case.id for case in cases]
         metafunc.parametrize("machine_case", cases, indirect=True, ids=ids, scope="session")

@@ -114,6 +114,19 @@ def test_unknown_kernel_is_refused_at_once(run: Run) -> None:
     result.stderr.fnmatch_lines(["*--kernel: no 5.10 here, but image, 6.1, 6.12*"])
 
 
+def test_what_is_the_same_everywhere_runs_once(run: Run) -> None:
+    source = """
+import pytest
+@pytest.mark.once
+def test_words(machine): pass
+"""
+    for options, count in ((), 1), (("--everywhere",), 3):
+        result = run(source, "--machine=both", "--kernel=6.1,6.12", "-v", *options)
+        result.assert_outcomes(passed=count)
+        result.stdout.fnmatch_lines(["*test_words[[]container-host] PASSED*"])
+    run(source, "--machine=vm", "-v").stdout.fnmatch_lines(["*test_words[[]vm-image] PASSED*"])
+
+
 def test_what_takes_long_begins_early(run: Run, pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_first="def test_plain(): pass\ndef test_one(machine_module): pass",
@@ -510,7 +523,7 @@ def test_sit_keeps_the_failed_machine_and_says_how_to_enter(
     pid = int((pytester.path / "machines" / name / "agent.pid").read_text())
     assert alive(pid)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert "1 failed" in out
     assert "passed" not in out  # the second test was not begun
     assert not alive(pid)

@@ -195,6 +195,7 @@ def test_full_overlay_says_so_and_can_be_reset(guest: Guest) -> None:
         assert guest.sh(f"echo fits > {BASE}/fits; cat {BASE}/fits {BASE}/motd") == "fits\nTry me."
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("where", ["/etc", "/usr/local/share"])
 def test_targets_outside_of_usr_are_refused(guest: Guest, where: str) -> None:
     source = guest.source("outside", TEXT)  # OSTree's /usr/local is a link into /var
@@ -202,6 +203,7 @@ def test_targets_outside_of_usr_are_refused(guest: Guest, where: str) -> None:
     assert "not under /usr" in said
 
 
+@pytest.mark.once
 def test_dump_and_batch_bring_the_same_overlays_again(guest: Guest) -> None:
     one, two = guest.source("batch1", TEXT), guest.source("batch2", {"xterm": "two\n"})
     guest.overlayd("apply", "one", one, BASE, "--size", "8M")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from testinfra.host import Host  # type: ignore[import-untyped]
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 BASE = "/usr/share/base-files"
 
 
+@pytest.mark.once
 def test_package_brings_command_configuration_manual_and_completions(
     guest: Guest, host: Host
 ) -> None:
@@ -32,6 +35,7 @@ def test_package_brings_command_configuration_manual_and_completions(
     assert host.run("dpkg --verify overlayd").stdout == ""
 
 
+@pytest.mark.once
 def test_configuration_of_the_administrator_counts(guest: Guest, host: Host) -> None:
     source = guest.source("config", {"motd": "Try me.\n"})
     drop_in = "/etc/overlayd/overlayd.toml.d/tried.toml"

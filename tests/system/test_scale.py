@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
+if TYPE_CHECKING:
     from tests.system.guest import Guest
 
 MANY = 500
@@ -37,6 +37,7 @@ systemctl list-units --all -t mount | grep -c '/run/overlayd/'
 """
 
 
+@pytest.mark.once
 def test_hundreds_of_overlays_and_what_they_cost_process_1(
     guest: Guest, rounds: int, request: pytest.FixtureRequest
 ) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.system.guest import RUN
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 BASE = "/usr/share/base-files"
 
 
+@pytest.mark.once
 def test_ordinary_users_are_told_that_overlayd_needs_root(guest: Guest) -> None:
     source = guest.source("theirs", {"motd": "theirs\n"})
     expected = "overlayd: overlayd needs root\n  hint: run it with sudo\n"
@@ -36,6 +39,7 @@ def test_ordinary_users_are_told_that_overlayd_needs_root(guest: Guest) -> None:
     guest.overlayd("remove", "theirs")
 
 
+@pytest.mark.once
 def test_ordinary_users_get_help_the_version_and_an_honest_doctor(guest: Guest) -> None:
     said = guest.sh("overlayd --version; overlayd --help; overlayd apply --help", user="alice")
     assert said.startswith("overlayd")
@@ -45,6 +49,7 @@ def test_ordinary_users_get_help_the_version_and_an_honest_doctor(guest: Guest) 
     assert not report["ok"]
 
 
+@pytest.mark.once
 def test_errors_come_as_json_when_asked_for(guest: Guest) -> None:
     error = json.loads(guest.overlayd("list", "--json", user="bob", code=7).err)["error"]
     assert (error["code"], error["hint"]) == ("no-permission", "run it with sudo")
