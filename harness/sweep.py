@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-r"""One command on several bare kernels, one after the other, and one table at the end.
+r"""One command on several bare kernels, side by side, and one table at the end.
 
     python -m harness.sweep --kernel 6.1,6.12,unstable --library DIR --copy src=/project/src \
         --cwd /work -- python3 -m pytest
+
+Each line of what the command prints begins with the kernel's name if there are several.  ``--jobs``
+says how many machines run at a time.
 
 With pytest, ``--junit`` tells the table of each test instead of the command alone, and
 ``--precompile`` with arguments that collect the tests saves a minute on each kernel without KVM.
@@ -14,6 +17,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
@@ -33,7 +37,7 @@ from harness.timings import Phase
 from harness.userland import Userland
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from harness.bare import BareMachine
 
@@ -78,8 +82,8 @@ class Place:
     accelerator: accel.Wanted = "auto"
 
 
-def run(name: str, job: Job, place: Place) -> list[Record]:
-    """Do the job on one kernel.
+def run(name: str, job: Job, place: Place, write: Callable[[bytes], object]) -> list[Record]:
+    """Do the job on one kernel; *write* gets what the command prints, as it comes.
 
     A machine that breaks is a failure of the job's.
 
@@ -109,7 +113,7 @@ def run(name: str, job: Job, place: Place) -> list[Record]:
             found.start()
             booted = time.monotonic() - started
             say(f"{kernel.release}: answers {seconds_text(booted)} after its start")
-            records = _done(found, job, whole)
+            records = _done(found, job, whole, write)
         except (MachineError, CommandError) as error:
             reason = "\n".join([str(error), *getattr(error, "__notes__", ())])
             say(f"{kernel.release}: {reason}")
@@ -118,11 +122,13 @@ def run(name: str, job: Job, place: Place) -> list[Record]:
     return records
 
 
-def _done(found: BareMachine, job: Job, whole: Record) -> list[Record]:
+def _done(
+    found: BareMachine, job: Job, whole: Record, write: Callable[[bytes], object]
+) -> list[Record]:
     """Run the command; return what came of it, test by test if it tells."""
     started = time.monotonic()
     status = found.stream(
-        job.command, _write, timeout=job.timeout, cwd=job.content.cwd, env={"TERM": "dumb"}
+        job.command, write, timeout=job.timeout, cwd=job.content.cwd, env={"TERM": "dumb"}
     )
     seconds = {Phase.TEST.value: time.monotonic() - started}
     log = found.run(["dmesg"]).out
@@ -172,9 +178,61 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _write(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+class Printer:
+    """Prints what comes from one of several machines, line by line, each with *name* before it."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rest = b""
+
+    def __call__(self, data: bytes) -> None:
+        """Print the lines that are complete by now."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._print(lines)
+
+    def end(self) -> None:
+        """Print what is left."""
+        self._print([self._rest] if self._rest else [])
+        self._rest = b""
+
+    def _print(self, lines: list[bytes]) -> None:
+        head = f"{self._name:8}  ".encode() if self._name else b""
+        with self._lock:
+            for line in lines:
+                sys.stdout.buffer.write(head + line + b"\n")
+            sys.stdout.buffer.flush()
+
+
+def run_all(names: Sequence[str], job: Job, place: Place, *, at_once: int) -> list[Record]:
+    """Do the job on each kernel, on *at_once* at a time.
+
+    :raises HarnessError: if one of them cannot be had; the others are done all the same.
+    """
+    found: dict[str, list[Record]] = {}
+    errors: list[Exception] = []
+    turn = threading.Semaphore(at_once)
+
+    def work(name: str) -> None:
+        printer = Printer(name if len(names) > 1 else "")
+        with turn:
+            try:
+                found[name] = run(name, job, place, printer)
+            except Exception as error:  # noqa: BLE001  # it is raised below
+                errors.append(error)
+            finally:
+                printer.end()
+
+    # Daemons: an interrupt is not to wait for them, and the machines end with this process.
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [record for name in names for record in found[name]]
 
 
 def content(options: argparse.Namespace) -> Content:
@@ -215,6 +273,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--junit", action="store_true", help="the command takes --junitxml")
     add("--allow", action="append", default=[], metavar="PATTERN", help="in the kernel's log")
     add("--timeout", type=float, default=Job.timeout, metavar="SECONDS")
+    add("--jobs", type=int, default=0, metavar="N", help="machines at a time; default: all")
     add("--memory", type=int, default=Hardware.memory_mib, metavar="MIB")
     add("--cpus", type=int, default=Hardware.cpus)
     add("--accel", choices=["auto", "kvm", "tcg"], default="auto")
@@ -240,10 +299,9 @@ def main(words: Sequence[str] | None = None) -> int:
         hardware=Hardware(memory_mib=options.memory, cpus=options.cpus),
         accelerator=options.accel,
     )
-    records: list[Record] = []
+    names = options.kernel.split(",")
     try:
-        for name in options.kernel.split(","):
-            records += run(name, job, place)
+        records = run_all(names, job, place, at_once=options.jobs or len(names))
         if options.records:
             results.append(options.records, records)
     except HarnessError as error:

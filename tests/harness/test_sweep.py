@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,13 +115,43 @@ def test_command_that_succeeds_is_one_line_of_the_table_for_each_kernel(
 ) -> None:
     assert sweep.main(["--kernel", "6.1,6.12", "--", "true", "it"]) == 0
     printed, said = (part.decode() for part in capfdbinary.readouterr())
-    assert printed.startswith("output of it\n")
+    assert sorted(printed.splitlines()[:2]) == ["6.1       output of it", "6.12      output of it"]
     assert "6.1 (6.1.0-t)" in printed
     assert "6.12 (6.12.0-t)" in printed
     assert "6.1.0-t: answers" in said
     machine = made["machine"]
     assert isinstance(machine, FakeMachine)
     assert machine.ran == [["true", "it"]]
+
+
+def test_output_of_one_kernel_is_left_as_it_is(
+    made: dict[str, object], capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    del made
+    assert sweep.main(["--kernel", "6.1", "--", "true"]) == 0
+    assert capfdbinary.readouterr().out.startswith(b"output of it\n")
+
+
+def test_no_more_machines_run_at_a_time_than_said(
+    made: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del made
+    running: list[int] = []
+    most: list[int] = []
+
+    def stream(_self: FakeMachine, _argv: object, _write: object, **_: object) -> int:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return 0
+
+    monkeypatch.setattr(FakeMachine, "stream", stream)
+    for options, count in (["--jobs=1"], 1), ([], 3):
+        most.clear()
+        words = [*options, f"--out=jobs{count}", "--kernel=6.1,6.12,unstable", "--", "true"]
+        assert sweep.main(words) == 0
+        assert max(most) == count
 
 
 def test_command_that_fails_fails_the_sweep(made: dict[str, object], tmp_path: Path) -> None:
@@ -213,10 +244,7 @@ def test_options_say_what_is_on_the_machine(tmp_path: Path) -> None:
     words += ["--precompile=-m pytest 'a b'", "--library=lib", "--program=ip", "--", "true", "-x"]
     options = sweep.arguments(words)
     content = sweep.content(options)
-    assert [name for name in content.files.names() if "." in name[1:]] == [
-        "etc/b",
-        "work/src/a.py",
-    ][1:]
+    assert [name for name in content.files.names() if "." in name[1:]] == ["project/src/a.py"]
     assert "etc/b" in content.files
     assert content.precompile == ("-m", "pytest", "a b")
     assert content.userland.libraries == (Path("lib"),)
