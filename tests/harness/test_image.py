@@ -232,6 +232,7 @@ def test_failed_build_leaves_nothing(shop: Workshop, monkeypatch: pytest.MonkeyP
     assert {entry.kind for entry in shop.cache.list()} == {
         "base",
         "kernel-files",
+        "layer",
     }
     assert not list((shop.cache.root / "stage").iterdir())
 

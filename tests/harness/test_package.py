@@ -334,6 +334,8 @@ def test_package_holds_the_program_and_nothing_of_its_development(
     assert {name for name in found if not name.startswith("usr/lib/python3/")} == {
         "usr/bin/overlayd",
         "usr/lib/overlayd/overlayd.toml",
+        "usr/lib/systemd/system/overlayd-soft-reboot.service",
+        "usr/lib/systemd/system/soft-reboot.target.wants/overlayd-soft-reboot.service",
         "usr/share/bash-completion/completions/overlayd",
         "usr/share/fish/vendor_completions.d/overlayd.fish",
         "usr/share/man/man8/overlayd.8.gz",
