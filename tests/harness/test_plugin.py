@@ -491,6 +491,14 @@ def test_failure_before_the_test_is_kept_too(run: Run, pytester: pytest.Pytester
     assert record.reason == "in setup: assert 0"
 
 
+# What runs in the background of a shell ignores Ctrl-C, and so do its children.
+INTERRUPTIBLE = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 def test_sit_keeps_the_failed_machine_and_says_how_to_enter(
     run: Run, pytester: pytest.Pytester
 ) -> None:
@@ -503,7 +511,7 @@ def test_sit_keeps_the_failed_machine_and_says_how_to_enter(
     )
     process = pytester.popen(
         [
-            *(sys.executable, "-m", "pytest", "-p", "harness.plugin"),
+            *(sys.executable, "-c", INTERRUPTIBLE, "-p", "harness.plugin"),
             *("--sit", "-n2", "--machine=container"),
         ],
         stdin=subprocess.DEVNULL,
