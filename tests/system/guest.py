@@ -156,6 +156,12 @@ class Guest:
         assert result.returncode == (0 if report["ok"] else 9), result.err
         return report
 
+    def can(self, feature: str) -> bool:
+        """Return whether the kernel can do something, as overlayd says."""
+        features = self.doctor()["features"]
+        assert isinstance(features, dict)
+        return bool(features[feature])
+
     @contextlib.contextmanager
     def overlay(self, name: str, source: str, target: str, *options: str) -> Iterator[Shown]:
         """Apply an overlay and remove it at the end, which has to work."""
