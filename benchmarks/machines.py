@@ -39,7 +39,7 @@ _LOOP: Final = 20.0
 _WARM: Final = 240.0
 _COLD: Final = 720.0
 """Seconds: from a changed line to a result; all system tests; the same with nothing cached."""
-_FIRST: Final = "tests/system/test_users.py"
+_FIRST: Final = "tests/system/test_content.py::test_later_changes_of_the_source_do_not_show"
 _ROOT: Final = project.ROOT
 
 
