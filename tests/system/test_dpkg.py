@@ -90,3 +90,4 @@ def test_dpkg_unpacks_a_package_into_an_overlay_on_usr(fresh: Guest, package: Pa
     # Whatever was started meanwhile runs from the overlay.
     fresh.overlayd("remove", "all", "--lazy")
     assert fresh.usr() == usr
+    assert fresh.overlays("--all") == []  # it has ended by now
