@@ -151,7 +151,8 @@ class Fleet:
     def untuned(self, kernel: str = IMAGE_KERNEL) -> QemuMachine:
         """Return a VM that boots the image as anybody would, by its own initramfs; it is off.
 
-        Nothing is masked or left out: it takes a minute without KVM, and cloud-init runs.
+        Nothing is masked or left out, and it has a network, for which the system waits: it takes a
+        minute or two without KVM, and cloud-init runs.
 
         :raises HarnessError: if the image cannot be built.
         """
@@ -163,7 +164,7 @@ class Fleet:
         own = replace(disk, path=room / "disk.qcow2", format="qcow2")
         spec = self._spec(made, made.plain)
         return QemuMachine(
-            replace(spec, name=room.name, disks=(own, *others)),
+            replace(spec, name=room.name, disks=(own, *others), network=True),
             workdir=room,
             binary=host.qemu(),
             capabilities=SYSTEM,
