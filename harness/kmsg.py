@@ -52,7 +52,8 @@ class KernelLog:
             if not record:
                 break
             # What programs write there says nothing of the kernel.
-            if record.partition(",")[0].isdigit() and int(record.partition(",")[0]) < _FACILITY:
+            priority = record.partition(",")[0]
+            if priority.isdigit() and int(priority) < _FACILITY:
                 self._log.event(from_kmsg(record))
         return tuple(found for found in self._log.findings(allowed) if found.kind in COUNTS)
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Which test runs in which process of pytest-xdist's: those that share a machine in one.
 
-xdist's own groups would do, but its way to pass them on (a
-changed node id) has no effect with pytest 9.2; so the name of the case in a test's id says whether
-the machine is shared.
+xdist's own groups would do, but its way to pass them on (a changed node id) has no effect with
+pytest 9.2; so the name of the case in a test's id says whether the machine is shared.
 """
 
 from __future__ import annotations

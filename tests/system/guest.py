@@ -64,6 +64,7 @@ rm -rf /run/overlayd
 
 
 _PRISTINE: Final[dict[tuple[str, str], str]] = {}
+"""Of each kind of machine and kernel, what :meth:`Guest.usr` is when nobody touched it."""
 
 
 @dataclass(frozen=True)
