@@ -123,7 +123,7 @@ def system(session: nox.Session) -> None:
 @nox.session
 def matrix(session: nox.Session) -> None:
     """Test the package on all kernels, with ten reboots of each kind and ten power cuts."""
-    kernels = "--kernel=image,6.1,6.12,unstable"
+    kernels = "--kernel=image,6.1,unstable"  # the image's is Debian 13's: 6.12
     run_system_tests(session, kernels, "--rounds=10", "--everywhere", *session.posargs)
 
 
