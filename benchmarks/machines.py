@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,16 +24,12 @@ from benchmarks.measure import Meter, Pair, Row, paired, run_quietly, table, tim
 from harness import host, package
 from harness.cache import DEFAULT_LIMIT, Cache, default_root
 from harness.errors import HarnessError
-from harness.fleet import SYSTEM
-from harness.qemu import Disk, create_overlay
-from harness.vm import QemuMachine
 from tests.system import project
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness.image import Boot
-    from harness.template import Template
+    from harness.fleet import Fleet
 
 _LOOP: Final = 20.0
 _WARM: Final = 240.0
@@ -43,53 +39,38 @@ _FIRST: Final = "tests/system/test_content.py::test_later_changes_of_the_source_
 _ROOT: Final = project.ROOT
 
 
-def boots(template: Template, quick: Boot, plain: Boot, meter: Meter, rounds: int) -> Iterator[Row]:
-    """Restore, boot quickly and boot plainly one image, each up to the first command answered."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+def boots(machines: Fleet, meter: Meter, rounds: int) -> Iterator[Row]:
+    """Restore, boot quickly and boot as anybody would, each up to the first command answered."""
+    template = machines.template()
 
-        def restored() -> float:
-            work = Path(place, "restored")
+    def restored() -> float:
+        with tempfile.TemporaryDirectory(prefix="bench-") as place:
             start = time.perf_counter()
-            with template.restore(work) as machine:
+            with template.restore(Path(place)) as machine:
                 machine.run("true")
-                seconds = time.perf_counter() - start
-            shutil.rmtree(work)
-            return seconds
+                return time.perf_counter() - start
 
-        def booted(boot: Boot, *, whole: bool) -> float:
-            work = Path(place, "booted")
-            work.mkdir()
-            disk = work / "disk.qcow2"
-            create_overlay(disk, str(template.spec.disks[0].path))
-            spec = replace(
-                template.spec,
-                kernel=boot.kernel,
-                initrd=boot.initrd,
-                append=boot.arguments,
-                disks=(Disk(path=disk, serial="root"), *template.spec.disks[1:]),
-                memory_file=None,
-                network=boot is plain,  # without one it waits for two minutes
-            )
+    def booted(*, tuned: bool, whole: bool) -> float:
+        with machines.cold(tuned=tuned) as machine:
             start = time.perf_counter()
-            with QemuMachine(spec, workdir=work / "m", capabilities=SYSTEM) as machine:
-                machine.start()
-                if whole:
-                    wait = ["systemctl", "is-system-running", "--wait"]
-                    machine.run(wait, check=False, timeout=300)
-                seconds = time.perf_counter() - start
-            shutil.rmtree(work)
-            return seconds
+            machine.start()
+            if whole:
+                wait = ["systemctl", "is-system-running", "--wait"]
+                machine.run(wait, check=False, timeout=300)
+            return time.perf_counter() - start
 
-        pair = paired(restored, lambda: booted(quick, whole=False), meter, rounds=rounds, inner=1)
-        yield Row("restore", "restore, first command", "its boot, tuned", pair, 1 / 20)
-        pair = paired(
-            lambda: booted(quick, whole=True),
-            lambda: booted(plain, whole=True),
-            meter,
-            rounds=rounds,
-            inner=1,
-        )
-        yield Row("tuned", "tuned boot, all units", "the same image untuned", pair, 0.5)
+    tuned = partial(booted, tuned=True, whole=False)
+    yield Row(
+        *("restore", "restore, first command", "its boot, tuned"),
+        paired(restored, tuned, meter, rounds=rounds, inner=1),
+        1 / 20,
+    )
+    tuned, untuned = (partial(booted, tuned=each, whole=True) for each in (True, False))
+    yield Row(
+        *("tuned", "tuned boot, all units", "the same image untuned"),
+        paired(tuned, untuned, meter, rounds=rounds, inner=1),
+        0.5,
+    )
 
 
 def loop() -> Iterator[Row]:
@@ -158,8 +139,7 @@ def main() -> int:
         host.qemu()
         machines = project.fleet(say=lambda line: print(line, file=sys.stderr))
         try:
-            image, template = machines.image(), machines.template()
-            rows += boots(template, image.quick, image.plain, meter, chosen.rounds)
+            rows += boots(machines, meter, chosen.rounds)
         finally:
             machines.close()
         rows += loop()

@@ -45,6 +45,13 @@ shift 2
 "$@"
 """
 
+# In the root of a disk: every byte of what is deployed in /usr, against the commit.
+_CHANGES: Final = r"""
+set -- ostree/deploy/*/deploy/*.0
+commit=${1##*/}
+ostree --repo=ostree/repo diff "${commit%.0}" "./$1" | grep -E '^.  *(\./|/)*usr(/|$)' || true
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
@@ -126,6 +133,14 @@ def look(disk: Path, argv: Sequence[str | Path], *, disk_format: str = "qcow2") 
         run([*convert, disk, raw], what=f"copying {disk.name}")
         command = ["sh", "-c", _LOOK, "sh", raw, point, *argv]
         return run(command, what=f"looking into {disk.name}", apart=True)
+
+
+def changes(disk: Path, *, disk_format: str = "qcow2") -> str:
+    """Return what differs between the one commit deployed on *disk* and its ``/usr``.
+
+    One line for each path; no text if all is as it was committed.  *disk* is not in use.
+    """
+    return look(disk, ["sh", "-euc", _CHANGES], disk_format=disk_format)
 
 
 def digest(disk: Path, directory: Path, *, disk_format: str = "qcow2") -> str:

@@ -148,23 +148,24 @@ class Fleet:
                 return self.template(case.kernel).restore(self._room() / name, name=name)
         raise HarnessError(f"there are no machines of the kind {case.machine}")
 
-    def untuned(self, kernel: str = IMAGE_KERNEL) -> QemuMachine:
-        """Return a VM that boots the image as anybody would, by its own initramfs; it is off.
+    def cold(self, kernel: str = IMAGE_KERNEL, *, tuned: bool = False) -> QemuMachine:
+        """Return a VM that has never been booted; it is off.
 
-        Nothing is masked or left out, and it has a network, for which the system waits: it takes a
-        minute or two without KVM, and cloud-init runs.
+        Unless it is *tuned*, as templates are, it boots by its own initramfs, nothing is masked or
+        left out, and it has a network, for which the system waits.  Without KVM that takes a minute
+        or two.  cloud-init runs either way.
 
         :raises HarnessError: if the image cannot be built.
         """
         made = self.image(kernel)
-        room = self._room() / f"untuned-{next(self._numbers)}"
+        room = self._room() / f"cold-{next(self._numbers)}"
         room.mkdir()
         disk, *others = disks(made)
         create_overlay(room / "disk.qcow2", str(disk.path), backing_format=disk.format)
         own = replace(disk, path=room / "disk.qcow2", format="qcow2")
-        spec = self._spec(made, made.plain)
+        spec = self._spec(made, made.quick if tuned else made.plain)
         return QemuMachine(
-            replace(spec, name=room.name, disks=(own, *others), network=True),
+            replace(spec, name=room.name, disks=(own, *others), network=not tuned),
             workdir=room,
             binary=host.qemu(),
             capabilities=SYSTEM,
@@ -209,24 +210,20 @@ class Fleet:
 
     def _with_packages(self, made: Templates, booted: Template, label: str) -> Template:
         """Return what *booted* is once it has the packages and is warm."""
-        if not self.inputs.packages:
-            return self._stack.enter_context(
-                made.derived(booted, self._warm, identity=[self._warm_up], label=label)
-            )
-        top = self._stack.enter_context(live.top(self.inputs, self._cache, say=self._say))
+        top = None
+        identity = [self._warm_up]
+        if self.inputs.packages:
+            top = self._stack.enter_context(live.top(self.inputs, self._cache, say=self._say))
+            identity.append(top.fingerprint)
+            label = f"{label} {top.subject}"
 
         def prepare(machine: QemuMachine) -> None:
-            live.put_on(machine, top)
+            if top is not None:
+                live.put_on(machine, top)
             self._warm(machine)
 
-        return self._stack.enter_context(
-            made.derived(
-                booted,
-                prepare,
-                identity=[top.fingerprint, self._warm_up],
-                label=f"{label} {top.subject}",
-            )
-        )
+        derived = made.derived(booted, prepare, identity=identity, label=label)
+        return self._stack.enter_context(derived)
 
     def _container(self) -> System:
         if self._system is None:

@@ -75,21 +75,13 @@ def check_nothing_is_left(guest: Guest, usr: str = "") -> None:
     assert (report["ok"], report["problems"]) == (True, [])
 
 
-# In the root of the disk. Every byte of what is deployed, against the commit.
-_CHANGES = """
-set -- ostree/deploy/*/deploy/*.0
-commit=${1##*/}
-ostree --repo=ostree/repo diff "${commit%.0}" "./$1" | grep -E '^.  *(\\./|/)*usr(/|$)' || true
-"""
-
-
 def changes_on_disk(guest: Guest) -> str:
     """Return what differs between the commit and /usr on the disk of a machine that is off.
 
     The host looks: it reads all of /usr in two seconds, an emulated machine in minutes.
     """
     assert isinstance(guest.machine, QemuMachine)
-    return disk.look(guest.machine.spec.disks[0].path, ["sh", "-euc", _CHANGES])
+    return disk.changes(guest.machine.spec.disks[0].path)
 
 
 def once_elsewhere(guest: Guest, rounds: int) -> None:

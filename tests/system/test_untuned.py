@@ -29,7 +29,7 @@ def untuned(machine_case: Case, rounds: int, request: pytest.FixtureRequest) -> 
         pytest.skip("an untuned boot takes a minute without KVM; --rounds=2 has it")
     fleet = request.config.stash[STATE].provider
     assert isinstance(fleet, Fleet)
-    with fleet.untuned(machine_case.kernel) as machine:
+    with fleet.cold(machine_case.kernel) as machine:
         machine.start()
         yield Guest(machine)
 
