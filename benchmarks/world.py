@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the benchmarks run: a private mount namespace with a ``/run`` and a ground of its own.
+"""Where the benchmarks run: a private mount namespace with a ``/run``, a ``/var/lib`` and a ground of its own.
 
 The machine's own ``/usr`` and ``/run`` are neither changed nor seen.  The namespace ends with its
 last process, and every mount with it.
@@ -46,7 +46,7 @@ def enter() -> str:
     sys.unshare(sys.CLONE_NEWNS)
     sys.mount_propagation("/", sys.MS_REC | sys.MS_PRIVATE)
     ground = _ground()
-    for path in ("/run", ground):
+    for path in ("/run", "/var/lib", ground):
         attach_tmpfs(path)
         sys.mount_propagation(path, sys.MS_SHARED)
     return ground

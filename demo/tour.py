@@ -3,7 +3,7 @@
 
 A real package, not installed, is laid over parts of /usr, tried, edited, reset and removed, and
 at the end everything that was covered is shown to be as it was.  All of it happens in a mount
-namespace of its own with its own /run, so the machine's /usr and /run stay untouched, and whatever
+namespace of its own with its own /run and /var/lib, so the machine's stay untouched, and whatever
 way the tour ends, nothing is left.  Any answer that is not as expected ends it with exit code 1.
 """
 
@@ -188,15 +188,16 @@ def build_tree() -> None:
 
 
 def enter_own_world() -> None:
-    """Move into a private mount namespace with a /run of its own."""
+    """Move into a private mount namespace with a /run and a /var/lib of its own."""
     try:
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount_propagation("/", syscalls.MS_REC | syscalls.MS_PRIVATE)
-        mount = overlayfs.make_tmpfs(64 << 20, 100_000, mode=0o755)
-        place = os.open("/run", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        syscalls.move_mount(mount, place)
-        os.close(place)
-        os.close(mount)
+        for path in ("/run", "/var/lib"):
+            mount = overlayfs.make_tmpfs(64 << 20, 100_000, mode=0o755)
+            place = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            syscalls.move_mount(mount, place)
+            os.close(place)
+            os.close(mount)
     except OSError as error:
         raise TourError(f"no mount namespace of its own to be had here: {error}") from error
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError,
 from overlayd.model import Options, Request, State, check_name, parse_size, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from overlayd.manager import Manager, Prepared
@@ -32,6 +34,8 @@ class Outcome:
     request: Request
     overlay: Overlay | None = None
     error: OverlaydError | None = None
+    seconds: float = 0.0
+    """How long the work on this overlay took."""
     bystander: bool = False
     """Whether nothing was wrong with this overlay of an atomic batch, but with another."""
 
@@ -139,14 +143,24 @@ def run(
         return outcomes
 
     def one(outcome: Outcome) -> None:
-        try:
+        with _timed(outcome):
             outcome.overlay = manager().apply(outcome.request, progress)
-        except OverlaydError as error:
-            outcome.error = error
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, outcomes))
     return outcomes
+
+
+@contextlib.contextmanager
+def _timed(outcome: Outcome) -> Iterator[None]:
+    """Add the time that this takes, and keep the error that ends it."""
+    start = time.monotonic()
+    try:
+        yield
+    except OverlaydError as error:
+        outcome.error = error
+    finally:
+        outcome.seconds += time.monotonic() - start
 
 
 def _atomic(
@@ -156,12 +170,10 @@ def _atomic(
 
     def one(index: int) -> None:
         outcome = outcomes[index]
-        try:
-            if any(other.error is not None for other in outcomes):
-                return
+        if any(other.error is not None for other in outcomes):
+            return
+        with _timed(outcome):
             prepared[index] = manager().prepare(outcome.request, progress)
-        except OverlaydError as error:
-            outcome.error = error
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, range(len(outcomes))))
@@ -169,11 +181,9 @@ def _atomic(
     for index, outcome in enumerate(outcomes):
         if failed:
             break
-        try:
+        with _timed(outcome):
             outcome.overlay = prepared.pop(index).commit()
-        except OverlaydError as error:
-            outcome.error = error
-            failed = True
+        failed = outcome.error is not None
     if not failed:
         return
     for waiting in prepared.values():

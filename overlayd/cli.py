@@ -17,6 +17,7 @@ from overlayd.model import shown
 
 _LOOK: Final = {"list": "list_", "status": "", "dump": "", "doctor": "", "cleanup": ""}
 _CHANGE: Final = ("apply", "reset", "remove", "batch")
+_PAST: Final = ("history", "report")
 
 
 class _Commands(click.Group):
@@ -36,7 +37,7 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands."""
         del ctx
-        return sorted((*_LOOK, *_CHANGE))
+        return sorted((*_LOOK, *_CHANGE, *_PAST))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load a command."""
@@ -50,6 +51,10 @@ class _Commands(click.Group):
             from overlayd import cli_change  # noqa: PLC0415
 
             command = getattr(cli_change, cmd_name)
+        elif cmd_name in _PAST:
+            from overlayd import cli_history  # noqa: PLC0415
+
+            command = getattr(cli_history, cmd_name)
         return command
 
 

@@ -15,12 +15,14 @@ from overlayd.cli_common import (
     common_options,
     complete_names,
     interruptible,
+    recorded,
     stateroot_option,
 )
 from overlayd.errors import OverlaydError, RefusedError
 from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
 
 if TYPE_CHECKING:
+    from overlayd.cli_common import Noted
     from overlayd.model import Overlay
     from overlayd.progress import Progress
 
@@ -80,31 +82,40 @@ def apply(  # noqa: PLR0913  # one parameter per option
       overlayd apply doc ./manual /usr/share/doc/app --read-only
       overlayd apply big ./data /usr/share/data --size 2G --dry-run
     """  # noqa: D301
-    check_stateroot(stateroot)
     if read_only and size is not None:
         message = "--size is the room for edits, and --read-only has none"
         raise click.UsageError(message)
-    request = Request(
-        name=name,
-        source=_absolute(source, "SOURCE"),
-        target=_absolute(target, "TARGET"),
-        options=Options(
-            read_only=read_only,
-            allow_other=allow_other,
-            default_permissions=default_permissions,
-            preserve_owner=preserve_owner,
-            allow_critical=allow_critical,
-        ),
-        size=size,
+    options = Options(
+        read_only=read_only,
+        allow_other=allow_other,
+        default_permissions=default_permissions,
+        preserve_owner=preserve_owner,
+        allow_critical=allow_critical,
     )
-    manager = common.manager()
-    with interruptible(common) as progress:
+    with (
+        interruptible(common) as progress,
+        recorded(common, "apply", name, enabled=not dry_run) as noted,
+    ):
+        noted.about(name, target=target, source=source)
+        check_stateroot(stateroot)
+        request = Request(
+            name=name,
+            source=_absolute(source, "SOURCE"),
+            target=_absolute(target, "TARGET"),
+            options=options,
+            size=size,
+        )
+        noted.about(name, target=request.target, source=request.source)
+        manager = common.manager()
         if dry_run:
             steps = manager.describe(request, progress)
-            click.echo(render.as_json({"steps": steps}) if common.json else "\n".join(steps))
-            return
-        overlay = manager.apply(request, progress)
-    common.show(overlay, render.applied(overlay))
+        else:
+            overlay = manager.apply(request, progress)
+            noted.done(overlay)
+    if dry_run:
+        click.echo(render.as_json({"steps": steps}) if common.json else "\n".join(steps))
+    else:
+        common.show(overlay, render.applied(overlay))
 
 
 def _absolute(path: str, what: str) -> str:
@@ -147,8 +158,9 @@ def reset(common: Common, *, name: str, version: str) -> None:
       overlayd reset fix --to applied
     """  # noqa: D301
     number = _version(version)
-    with interruptible(common) as progress:
+    with interruptible(common) as progress, recorded(common, "reset", name) as noted:
         overlay = common.manager().reset(name, number, progress)
+        noted.done(overlay)
     what = "the base" if number == BASE else f"version {number}"
     common.show(overlay, f"{name}: {shown(overlay.record.target)} shows {what}")
 
@@ -171,12 +183,13 @@ def remove(common: Common, *, name: str | None, everything: bool, lazy: bool) ->
     """  # noqa: D301
     if everything == (name is not None):
         raise click.UsageError("Give either the NAME of an overlay or --all.")
-    with interruptible(common) as progress:
-        if name is not None:
-            overlay = common.manager().remove(name, lazy=lazy, progress=progress)
-            common.show(overlay, _removed(overlay))
-        else:
-            _remove_all(common, progress, lazy=lazy)
+    with interruptible(common) as progress, recorded(common, "remove", name or "") as noted:
+        if name is None:
+            _remove_all(common, progress, noted, lazy=lazy)
+            return
+        overlay = common.manager().remove(name, lazy=lazy, progress=progress)
+        noted.done(overlay)
+    common.show(overlay, _removed(overlay))
 
 
 def _removed(overlay: Overlay) -> str:
@@ -184,7 +197,7 @@ def _removed(overlay: Overlay) -> str:
     return f"{overlay.record.name}: removed{still}"
 
 
-def _remove_all(common: Common, progress: Progress, *, lazy: bool) -> None:
+def _remove_all(common: Common, progress: Progress, noted: Noted, *, lazy: bool) -> None:
     """Remove every overlay that can be.
 
     :raises OverlaydError: the last cause, if some could not; each is warned of.
@@ -194,9 +207,13 @@ def _remove_all(common: Common, progress: Progress, *, lazy: bool) -> None:
     failed: OverlaydError | None = None
     for overlay in manager.list():
         progress.check()
+        record = overlay.record
+        noted.about(record.name, target=record.target, source=record.source)
         try:
-            gone.append(manager.remove(overlay.record.name, lazy=lazy, progress=progress))
+            gone.append(manager.remove(record.name, lazy=lazy, progress=progress))
+            noted.done(gone[-1])
         except OverlaydError as error:
+            noted.failed(error)
             common.warn(f"{overlay.record.name} stays: {error.message}")
             failed = error
         else:
@@ -233,7 +250,7 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     requests = batches.read(Path(file))
     config = common.load()
     common.manager()
-    with interruptible(common) as progress:
+    with interruptible(common) as progress, recorded(common, "apply") as noted:
         outcomes = batches.run(
             requests,
             lambda: Manager(lambda: config, warn=common.warn, trace=common.trace),
@@ -241,6 +258,7 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
             jobs=jobs,
             atomic=atomic,
         )
+        noted.batch(outcomes)
     if common.json:
         results: list[dict[str, object]] = []
         for outcome in outcomes:

@@ -4,23 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pwd
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from overlayd import render
-from overlayd.errors import OverlaydError
+from overlayd import caller, render
+from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, UsageError
+from overlayd.model import shown
 from overlayd.observer import Observer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
+    from overlayd.batch import Outcome
+    from overlayd.cleanup import Action
     from overlayd.config import Config
     from overlayd.executor import Operation
+    from overlayd.history import Attempt
     from overlayd.manager import Manager
     from overlayd.model import Overlay
     from overlayd.render import TerminalProgress
@@ -35,6 +42,8 @@ class Common:
     json: bool
     verbose: bool
     config: str | None
+    loaded: Config | None = None
+    """The configuration, once something has needed it."""
 
     def load(self) -> Config:
         """Read the configuration."""
@@ -42,7 +51,9 @@ class Common:
 
         from overlayd import config  # noqa: PLC0415  # 'list' needs none
 
-        return config.load(None if self.config is None else Path(self.config))
+        if self.loaded is None:
+            self.loaded = config.load(None if self.config is None else Path(self.config))
+        return self.loaded
 
     def observer(self) -> Observer:
         """Return what looks at overlays.
@@ -58,6 +69,30 @@ class Common:
         from overlayd.manager import Manager  # noqa: PLC0415
 
         return Manager(self.load, warn=self.warn, trace=self.trace)
+
+    def past(
+        self,
+        *,
+        name: str | None = None,
+        uid: int | None = None,
+        since: float | None = None,
+        limit: int | None = None,
+    ) -> list[Attempt]:
+        """Return what was attempted, as far as the caller may see it; the oldest first.
+
+        The only way of the commands to the history.
+
+        :raises OverlaydError: if it cannot be read.
+        """
+        from overlayd import history  # noqa: PLC0415  # only what looks back needs it
+
+        if self.config is not None:
+            self.load()
+        uid_here = os.geteuid()
+        if uid_here != 0:
+            message = "the history is root's to read"
+            raise NoPermissionError(message, hint="run it with sudo")
+        return history.visible(history.read(name=name, uid=uid, since=since, limit=limit), uid_here)
 
     @property
     def trace(self) -> Callable[[str, Operation], None] | None:
@@ -99,6 +134,124 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class Noted:
+    """What a running command will have attempted, for the history."""
+
+    def __init__(self, verb: str, name: str) -> None:
+        """Begin with *name*, which may be empty."""
+        self.verb = verb
+        self.attempts: list[Attempt] = []
+        self.about(name)
+
+    def about(self, name: str, *, target: str = "", source: str = "") -> None:
+        """Begin an attempt; it ends with the next call of :meth:`done` or :meth:`failed`."""
+        self._open = True
+        self._name, self._target, self._source = name, target, source
+        self._at, self._start = time.time(), time.monotonic()
+
+    def done(self, overlay: Overlay) -> None:
+        """End an attempt that gave *overlay*."""
+        self._end(overlay, None)
+
+    def failed(self, error: OverlaydError) -> None:
+        """End an attempt, unless it has ended."""
+        if self._open:
+            self._end(None, error)
+
+    def batch(self, outcomes: Sequence[Outcome]) -> None:
+        """Add what became of a batch."""
+        for outcome in outcomes:
+            request = outcome.request
+            self.about(request.name, target=request.target, source=request.source)
+            rule = "batch" if outcome.bystander else ""
+            self._end(outcome.overlay, outcome.error, seconds=outcome.seconds, rule=rule)
+
+    def cleaned(self, actions: Sequence[Action]) -> None:
+        """Add what a cleanup has done; the time is that of all."""
+        seconds = time.monotonic() - self._start
+        at = self._at
+        self._open = False
+        for action in actions:
+            self.about(action.subject if action.kind in {"lost", "drained"} else "")
+            self._at = at
+            error = None if action.failed is None else OverlaydError(action.failed)
+            uuid = action.subject if action.kind == "orphan" else ""
+            self._end(None, error, seconds=seconds, uuid=uuid, message=action.text)
+
+    def _end(  # noqa: PLR0913  # all but two for one caller each
+        self,
+        overlay: Overlay | None,
+        error: OverlaydError | None,
+        *,
+        seconds: float | None = None,
+        rule: str = "",
+        uuid: str = "",
+        message: str = "",
+    ) -> None:
+        from overlayd import history  # noqa: PLC0415  # what only looks does not load it
+
+        self._open = False
+        record = None if overlay is None else overlay.record
+        allowed, judgement = history.judged(error)
+        self.attempts.append(
+            history.Attempt(
+                at=self._at,
+                uid=os.getuid(),
+                login_uid=caller.login_uid(),
+                session_id=caller.session_id(),
+                pid=os.getpid(),
+                via="direct",
+                verb=self.verb,
+                name=self._name if record is None else record.name,
+                target=self._target if record is None else record.target,
+                source=self._source if record is None else record.source,
+                uuid=uuid if record is None else record.uuid,
+                allowed=allowed,
+                rule=rule or judgement,
+                digest="",
+                outcome=history.DONE if error is None else error.code,
+                message=message if error is None else error.message,
+                seconds=time.monotonic() - self._start if seconds is None else seconds,
+            )
+        )
+
+    def write(self, common: Common) -> None:
+        """Write it all; never raises, as the answer is decided."""
+        if not self.attempts or os.geteuid() != 0:
+            return
+        from overlayd import history  # noqa: PLC0415
+
+        loaded = common.loaded
+        limits = None
+        if loaded is not None:
+            limits = history.Limits(loaded.history_days, loaded.history_size)
+        with contextlib.suppress(KeyboardInterrupt):
+            history.note_all(self.attempts, limits=limits)
+
+
+@contextlib.contextmanager
+def recorded(common: Common, verb: str, name: str = "", *, enabled: bool = True) -> Iterator[Noted]:
+    """Note for the history what happens within, when it has; usage errors are not noted.
+
+    To be left before anything is printed, and within :func:`interruptible`, so that a signal that
+    comes too late does not change the answer.  Only root's attempts are noted here.
+    """
+    noted = Noted(verb, name)
+    try:
+        yield noted
+    except (UsageError, click.ClickException):
+        raise
+    except OverlaydError as error:
+        noted.failed(error)
+        raise
+    except Exception as error:
+        noted.failed(OverlaydError(str(error)))
+        raise
+    finally:
+        if enabled:
+            noted.write(common)
+
+
 def _terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
@@ -130,6 +283,20 @@ def complete_names(
     except OverlaydError:
         return []
     return [o.record.name for o in overlays if o.record.name.startswith(incomplete)]
+
+
+def uid_of(user: str) -> int:
+    """Return the uid that *user*, a name or a number, stands for.
+
+    :raises NotFoundError: if there is no such user.
+    """
+    if user.isascii() and user.isdigit():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        message = f"there is no user {shown(user)!r}"
+        raise NotFoundError(message) from None
 
 
 def check_stateroot(name: str | None) -> None:

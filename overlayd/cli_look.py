@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import sys
 
 import click
@@ -15,10 +14,11 @@ from overlayd.cli_common import (
     check_stateroot,
     common_options,
     complete_names,
+    recorded,
     stateroot_option,
+    uid_of,
 )
-from overlayd.errors import KernelError, NoPermissionError, NotFoundError, OverlaydError
-from overlayd.model import shown
+from overlayd.errors import KernelError, NoPermissionError, OverlaydError
 
 
 @click.command("list", short_help="Show the overlays.")
@@ -40,22 +40,12 @@ def list_(common: Common, *, user: str | None, stateroot: str | None, draining: 
     check_stateroot(stateroot)
     overlays = common.observer().list(draining=draining)
     if user is not None:
-        uid = _uid(user)
+        uid = uid_of(user)
         overlays = [overlay for overlay in overlays if overlay.record.owner == uid]
     if common.json:
         click.echo(render.as_json([render.overlay_object(overlay) for overlay in overlays]))
     else:
         click.echo(render.overlay_table(overlays))
-
-
-def _uid(user: str) -> int:
-    if user.isascii() and user.isdigit():
-        return int(user)
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except (KeyError, ValueError):
-        message = f"there is no user {shown(user)!r}"
-        raise NotFoundError(message) from None
 
 
 @click.command(short_help="Show one overlay.")
@@ -89,7 +79,10 @@ def cleanup(common: Common, *, dry_run: bool) -> None:
 
     What cannot be proven to be overlayd's is left alone; see 'overlayd doctor'.
     """
-    actions = common.manager().cleanup(dry_run=dry_run)
+    manager = common.manager()
+    with recorded(common, "cleanup", enabled=not dry_run) as noted:
+        actions = manager.cleanup(dry_run=dry_run)
+        noted.cleaned(actions)
     if common.json:
         fields = ("kind", "subject", "text", "failed")
         click.echo(render.as_json([{f: getattr(a, f) for f in fields} for a in actions]))

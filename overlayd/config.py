@@ -29,6 +29,9 @@ _MAX_BYTES: Final = 1 << 20
 _MAX_DEPTH: Final = 200
 """Directory descriptors per level of a source are three; 600 stay below the usual limit of 1024."""
 
+_MAX_DAYS: Final = 36500
+_MIN_HISTORY: Final = 256 << 10
+
 
 class FlaggedAction(StrEnum):
     """What happens when a source holds flagged files."""
@@ -52,6 +55,8 @@ class Config:
     critical_trees: tuple[str, ...]
     flagged_patterns: tuple[str, ...]
     flagged_root: FlaggedAction
+    history_days: int
+    history_size: int
     files: tuple[str, ...]
 
 
@@ -77,6 +82,20 @@ def _size(value: object) -> int:
             reason = f"{error.message}: {error.hint}"
             raise ValueError(reason) from None
     reason = 'must be a string such as "64M"'
+    raise ValueError(reason)
+
+
+def _days(value: object) -> int:
+    if (days := _count(value)) <= _MAX_DAYS:
+        return days
+    reason = f"must be at most {_MAX_DAYS}"
+    raise ValueError(reason)
+
+
+def _history_size(value: object) -> int:
+    if (size := _size(value)) >= _MIN_HISTORY:
+        return size
+    reason = "must be at least 256K"
     raise ValueError(reason)
 
 
@@ -126,6 +145,7 @@ _KEYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[object], object]]]]]
     },
     "critical": {"trees": ("critical_trees", _trees)},
     "flagged": {"patterns": ("flagged_patterns", _patterns), "root": ("flagged_root", _action)},
+    "history": {"days": ("history_days", _days), "size": ("history_size", _history_size)},
 }
 
 

@@ -10,10 +10,9 @@ import os
 import time
 import uuid
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from overlayd import mountinfo, ostree, overlayfs, plan, state
+from overlayd import caller, mountinfo, ostree, overlayfs, plan, state
 from overlayd.errors import OverlaydError
 from overlayd.executor import Executor, Run
 from overlayd.model import TAG_PREFIX, Overlay, State, check_name
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from overlayd.mountinfo import Table
     from overlayd.overlayfs import Exchange
     from overlayd.targets import Place
-
-_NO_SESSION: Final = 0xFFFFFFFF
 
 
 @dataclass(slots=True)
@@ -166,7 +163,7 @@ class Manager(Observer):
             uuid=str(uuid.uuid4()),
             boot_id=self._store.boot_id,
             owner=os.getuid(),
-            session_id=_session(),
+            session_id=caller.session_id(),
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             deployment=str(booted) if (booted := ostree.booted()) and booted.name else None,
         )
@@ -269,11 +266,3 @@ class Manager(Observer):
         if not self._store.exists():
             return []
         return cleanup.clean(self._store, self.remove, dry_run=dry_run)
-
-
-@cache
-def _session() -> int | None:
-    """Return the audit session of this process, which is also logind's; None outside of one."""
-    with open("/proc/self/sessionid", encoding="ascii") as file:
-        session = int(file.read())
-    return None if session == _NO_SESSION else session

@@ -22,7 +22,7 @@ import json
 import os
 from typing import Final
 
-from overlayd import mountinfo, overlayfs
+from overlayd import caller, mountinfo, overlayfs
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, NoPermissionError, RefusedError, from_oserror
 from overlayd.model import RUN
@@ -37,8 +37,7 @@ class World:
 
     def __init__(self) -> None:
         """Look at nothing yet."""
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self.boot_id = file.read().strip()
+        self.boot_id = caller.boot_id()
         self._checked: tuple[object, ...] = ()
 
     def exists(self) -> bool:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A world of its own for each test: real mounts, in a mount namespace that nobody else sees.
 
-``/run`` is a fresh tmpfs, and so is the playground ``/usr/src`` (every Debian has it); the base
-under test lies there.  The playground is shared as under systemd, or private where a test says so.
-The machine's own ``/usr`` and ``/run`` are never written to.
+``/run`` is a fresh tmpfs, and so are ``/var/lib``, for the history, and the playground ``/usr/src``
+(every Debian has it); the base under test lies there.  The playground is shared as under systemd, or private where a test says so.
+The machine's own ``/usr``, ``/run`` and ``/var`` are never written to.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PLAY = Path("/usr/src")
 RUN = Path("/run/overlayd")
+STATE = Path("/var/lib")
 SOURCES = Path("/run/sources")
 EMPTY_CONFIG = Path("/run/empty.toml")
 COMMAND = (sys.executable, "-m", "overlayd")
@@ -96,6 +97,8 @@ def enter_new_world(*, shared: bool = True) -> None:
     sc.mount_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
     mount("run", "/run", "tmpfs", "mode=755")
     mount("playground", PLAY, "tmpfs", "mode=755")
+    STATE.mkdir(parents=True, exist_ok=True)  # a bare kernel has none
+    mount("state", STATE, "tmpfs", "mode=755")
     if shared:
         sc.mount_propagation("/run", sc.MS_SHARED)
         sc.mount_propagation(str(PLAY), sc.MS_SHARED)
