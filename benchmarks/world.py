@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the benchmarks run: a private mount namespace with a ``/run``, a ``/var/lib`` and a ground of its own.
+"""Where the benchmarks run: a private mount namespace with ``/run``, ``/var/lib`` and a ground.
 
-The machine's own ``/usr`` and ``/run`` are neither changed nor seen.  The namespace ends with its
+The machine's own ``/usr``, ``/run`` and ``/var`` are neither changed nor seen.  The namespace ends with its
 last process, and every mount with it.
 """
 

@@ -66,6 +66,9 @@ _DROP: Final = 64
 """Rows dropped at a time."""
 _ROUNDS: Final = 16
 """How often at most within one note."""
+_FEWEST_PAGES: Final = 32
+_VACUUMED: Final = 256
+"""Pages given back at a time."""
 _LATEST: Final = 253402300799.0
 """The last second of the year 9999; times beyond are a damaged file's."""
 _BYTES: Final = {"name": 256, "target": 4096, "source": 4096, "message": 1024}
@@ -227,8 +230,10 @@ def _write(
             run("BEGIN EXCLUSIVE")
             _make_tables(connection)
             limits = _limits(connection, limits)
+            most = max(limits.size // number(connection, "page_size"), _FEWEST_PAGES)
+            run(f"PRAGMA max_page_count = {most}")
             for attempt in attempts:
-                _prune(connection, limits, attempt.at)
+                _prune(connection, attempt.at - limits.days * 86400, most)
                 values = astuple(attempt)
                 run(_INSERT, [journal.as_bytes(v) if isinstance(v, str) else v for v in values])
             run("COMMIT")
@@ -267,17 +272,15 @@ def _limits(connection: sqlite3.Connection, given: Limits | None) -> Limits:
     return given or remembered or Limits()
 
 
-def _prune(connection: sqlite3.Connection, limits: Limits, now: float) -> None:
-    """Make room for one row more, dropping what is too old by then or too much."""
+def _prune(connection: sqlite3.Connection, oldest: float, most: int) -> None:
+    """Make room for one row within *most* pages, dropping what is from before *oldest*."""
     run = connection.execute
-    most = max(limits.size // number(connection, "page_size"), 16)
-    room = max(8, most // 16)
-    run(f"PRAGMA max_page_count = {most}").fetchall()
     run(
         "DELETE FROM attempts WHERE id IN (SELECT id FROM attempts WHERE at < ?"
         " ORDER BY at LIMIT ?)",
-        (now - limits.days * 86400, _DROP),
+        (oldest, _DROP),
     )
+    room = max(8, most // 16)
     for _ in range(_ROUNDS):
         pages = number(connection, "page_count")
         if pages - number(connection, "freelist_count") <= most - room:
@@ -286,8 +289,11 @@ def _prune(connection: sqlite3.Connection, limits: Limits, now: float) -> None:
             "DELETE FROM attempts WHERE id IN (SELECT id FROM attempts ORDER BY id LIMIT ?)",
             (_DROP,),
         )
-    if number(connection, "page_count") > most:  # the limit was lowered
-        run("PRAGMA incremental_vacuum(256)").fetchall()
+    for _ in range(_VACUUMED):
+        # One at a time: Python takes a single step of a statement that gives no columns.
+        if number(connection, "page_count") <= most or not number(connection, "freelist_count"):
+            break
+        run("PRAGMA incremental_vacuum(1)")  # the limit was lowered
 
 
 # Reading

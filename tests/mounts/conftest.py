@@ -2,7 +2,8 @@
 """A world of its own for each test: real mounts, in a mount namespace that nobody else sees.
 
 ``/run`` is a fresh tmpfs, and so are ``/var/lib``, for the history, and the playground ``/usr/src``
-(every Debian has it); the base under test lies there.  The playground is shared as under systemd, or private where a test says so.
+(every Debian has it); the base under test lies there.  The playground is shared as under systemd,
+or private where a test says so.
 The machine's own ``/usr``, ``/run`` and ``/var`` are never written to.
 """
 
