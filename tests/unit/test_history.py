@@ -165,7 +165,7 @@ def test_size_and_age_hold_over_many_thousand_notes(database: Path) -> None:
     limits = Limits(days=10, size=1 << 20)
     chance = random.Random(4)
     largest = 0
-    total, step = 50_000, 100
+    total, step = 50_000, 250
     for first in range(0, total, step):
         some = [
             attempt(at=NOON + n * 20, target="/usr/" + "x" * chance.randrange(400), name=f"n{n}")
