@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd import features, mountinfo, reconcile, state
+from overlayd import features, history, mountinfo, reconcile, state
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import State, human_size, shown
@@ -100,6 +100,7 @@ def examine(config: Callable[[], Config]) -> Report:
     _config(report, config)
     if os.geteuid() == 0:
         _world(report)
+        _history(report)
     return report
 
 
@@ -149,6 +150,13 @@ def _config(report: Report, config: Callable[[], Config]) -> None:
             "free memory, or lower limits.memory_reserve",
             fatal=True,
         )
+
+
+def _history(report: Report) -> None:
+    try:
+        history.read(limit=1)
+    except OverlaydError as error:
+        report.note(f"history: {error.message}", error.hint or "see docs/history.md")
 
 
 def _world(report: Report) -> None:
