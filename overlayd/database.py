@@ -20,7 +20,6 @@ from overlayd.model import shown
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterator
-    from pathlib import Path
 
 DAMAGED: Final = ".damaged-"
 """Between the database's name and the time at which it was set aside."""
@@ -35,7 +34,7 @@ class DamagedError(Exception):
 
 
 @contextlib.contextmanager
-def directory(path: Path) -> Iterator[int]:
+def directory(path: str) -> Iterator[int]:
     """Open the directory of the database, in which nobody but its owner may write.
 
     :raises RefusedError: if somebody else may.
@@ -48,30 +47,31 @@ def directory(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _check_owner(facts: os.stat_result, path: Path) -> None:
+def _check_owner(facts: os.stat_result, path: str) -> None:
     if facts.st_uid not in {0, os.geteuid()} or facts.st_mode & 0o022:
-        name = shown(str(path))
+        name = shown(path)
         message = f"{name}: must belong to root and be writable by root alone"
         raise RefusedError(message, hint=f"chown root {name}; chmod go-w {name}")
 
 
-def check_file(database: Path, folder: int, *, make: bool) -> bool:
+def check_file(database: str, folder: int, *, make: bool) -> bool:
     """Whether there is a database; with *make* it is made, empty.
 
     Opened by nobody but SQLite: closing a descriptor of it would drop SQLite's own locks.
 
     :raises RefusedError: if it is something else, or somebody else's.
     """
+    name = os.path.basename(database)
     try:
-        facts = os.stat(database.name, dir_fd=folder, follow_symlinks=False)
+        facts = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         if not make:
             return False
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(database.name, flags, 0o600, dir_fd=folder))
+        os.close(os.open(name, flags, 0o600, dir_fd=folder))
         return True
     if not stat.S_ISREG(facts.st_mode):
-        message = f"{shown(str(database))}: not a regular file"
+        message = f"{shown(database)}: not a regular file"
         raise RefusedError(message, hint="move it out of the way")
     _check_owner(facts, database)
     return True
@@ -93,7 +93,7 @@ def lock(folder: int, deadline: float) -> None:
             return
 
 
-def connect(database: Path, patience: float) -> sqlite3.Connection:
+def connect(database: str, patience: float) -> sqlite3.Connection:
     """Open a database that is there; nothing is made."""
     import sqlite3  # noqa: PLC0415
 
@@ -114,7 +114,7 @@ def connect(database: Path, patience: float) -> sqlite3.Connection:
     return connection
 
 
-def is_damage(error: sqlite3.DatabaseError, database: Path) -> bool:
+def is_damage(error: sqlite3.DatabaseError, database: str) -> bool:
     """Whether *error* is of the file, not of disk, locks or memory."""
     import sqlite3  # noqa: PLC0415
 

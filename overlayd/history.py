@@ -23,7 +23,6 @@ import math
 import os
 import time
 from dataclasses import astuple, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from overlayd import caller, journal
@@ -52,7 +51,9 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterable, Sequence
 
-DATABASE: Final = Path("/var/lib/overlayd/history.db")
+    StrPath = str | os.PathLike[str]
+
+DATABASE: Final = "/var/lib/overlayd/history.db"
 MESSAGE_ID: Final = "3e746622692e4d79a937eb95bec5ca18"
 """``MESSAGE_ID`` of every entry in the journal; fixed for good."""
 PATIENCE: Final = 0.5
@@ -136,7 +137,7 @@ def judged(error: OverlaydError | None) -> tuple[bool, str]:
 def note(
     attempt: Attempt,
     *,
-    database: Path = DATABASE,
+    database: StrPath = DATABASE,
     limits: Limits | None = None,
     address: str = journal.ADDRESS,
 ) -> bool:
@@ -150,7 +151,7 @@ def note(
 def note_all(
     attempts: Sequence[Attempt],
     *,
-    database: Path = DATABASE,
+    database: StrPath = DATABASE,
     limits: Limits | None = None,
     address: str = journal.ADDRESS,
 ) -> bool:
@@ -160,7 +161,7 @@ def note_all(
         bounded = [_bounded(replace(a, boot_id=a.boot_id or boot)) for a in attempts]
         for attempt in bounded:
             journal.send(_entry(attempt), address=address)
-        _store(bounded, database, limits)
+        _store(bounded, os.fspath(database), limits)
     except Exception:  # noqa: BLE001  # whatever it is, the overlay matters more
         return False
     return True
@@ -197,11 +198,11 @@ def _entry(attempt: Attempt) -> dict[str, str]:
 # Writing
 
 
-def _store(attempts: Sequence[Attempt], database: Path, limits: Limits | None) -> None:
+def _store(attempts: Sequence[Attempt], database: str, limits: Limits | None) -> None:
     deadline = time.monotonic() + PATIENCE
     with contextlib.suppress(FileExistsError):
-        os.mkdir(database.parent, 0o700)
-    with directory(database.parent) as folder:
+        os.mkdir(os.path.dirname(database), 0o700)
+    with directory(os.path.dirname(database)) as folder:
         lock(folder, deadline)
         for last in (False, True):
             check_file(database, folder, make=True)
@@ -210,13 +211,13 @@ def _store(attempts: Sequence[Attempt], database: Path, limits: Limits | None) -
             except DamagedError:
                 if last:
                     raise
-                set_aside(database.name, folder)
+                set_aside(os.path.basename(database), folder)
             else:
                 break
 
 
 def _write(
-    attempts: Sequence[Attempt], database: Path, limits: Limits | None, deadline: float
+    attempts: Sequence[Attempt], database: str, limits: Limits | None, deadline: float
 ) -> None:
     import sqlite3  # noqa: PLC0415  # what only looks does not load it
 
@@ -300,7 +301,7 @@ def _prune(connection: sqlite3.Connection, oldest: float, most: int) -> None:
 
 
 def read(
-    database: Path = DATABASE,
+    database: StrPath = DATABASE,
     *,
     name: str | None = None,
     uid: int | None = None,
@@ -314,12 +315,13 @@ def read(
     :raises RefusedError: if the file is damaged, or not to be trusted.
     :raises BusyError: if somebody has it for too long.
     """
-    where = shown(str(database))
+    path = os.fspath(database)
+    where = shown(path)
     try:
-        with directory(database.parent) as folder:
-            if not check_file(database, folder, make=False):
+        with directory(os.path.dirname(path)) as folder:
+            if not check_file(path, folder, make=False):
                 return []
-        rows = _select(database, name, uid, since, limit)
+        rows = _select(path, name, uid, since, limit)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -333,7 +335,7 @@ def read(
 
 
 def _select(
-    database: Path, name: str | None, uid: int | None, since: float | None, limit: int | None
+    database: str, name: str | None, uid: int | None, since: float | None, limit: int | None
 ) -> list[tuple[object, ...]]:
     import sqlite3  # noqa: PLC0415
 
@@ -357,7 +359,7 @@ def _select(
     except sqlite3.DatabaseError as error:
         if is_damage(error, database):
             raise DamagedError(str(error)) from error
-        where = shown(str(database))
+        where = shown(database)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
             message = f"{where} is in use"
             raise BusyError(message, hint="try again") from None

@@ -516,7 +516,7 @@ def test_several_commands_have_options_before_and_after_their_arguments(world: W
 
 COMMANDS: Final = (
     *("apply", "list", "status", "reset", "remove"),
-    *("batch", "dump", "cleanup", "doctor"),
+    *("batch", "dump", "cleanup", "doctor", "history", "report"),
 )
 
 
@@ -572,7 +572,9 @@ def test_shell_completion_offers_commands_and_options_and_has_a_script(world: Wo
         'COMP_WORDS="overlayd apply --read" COMP_CWORD=2'
         " _OVERLAYD_COMPLETE=bash_complete overlayd\n"
     )
-    assert done.stdout.decode().splitlines() == ["plain,remove", "plain,reset", "plain,--read-only"]
+    assert done.stdout.decode().splitlines() == [
+        *("plain,remove", "plain,report", "plain,reset", "plain,--read-only")
+    ]
 
 
 def test_shell_completion_without_a_world_or_without_rights_offers_nothing(world: World) -> None:

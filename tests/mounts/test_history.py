@@ -83,6 +83,28 @@ def test_environment_of_sudo_is_not_believed(world: World) -> None:
     assert history.read(DATABASE)[0].uid == 0
 
 
+def test_login_is_the_one_that_the_kernel_attests(world: World) -> None:
+    base = prepared(world)
+    code = (
+        "import os, sys\n"
+        "try: open('/proc/self/loginuid', 'w').write('4242')\n"
+        "except OSError: sys.exit(77)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'overlayd', *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "apply", "fix", SOURCE, base],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("the login of a process cannot be set here")
+    (attempt,) = history.read(DATABASE)
+    assert (attempt.login_uid, attempt.uid) == (4242, 0)
+    assert attempt.session_id is not None  # the kernel gives out one with each login
+    text = run("history", "--json").stdout
+    assert json.loads(text)[0]["login_uid"] == 4242
+
+
 def test_refusals_say_what_denied_them(world: World) -> None:
     base = prepared(world)
     config = world.source("config", {"c.toml": "[limits]\nsource_entries = 1\n"}) / "c.toml"
@@ -251,6 +273,17 @@ def test_damaged_history_is_said_and_begins_anew_with_the_next_change(world: Wor
         assert "mv " in hint
     run("remove", "fix")
     assert noted() == [("remove", "fix", "done")]
+
+
+def test_doctor_says_that_history_cannot_be_read_and_works_on(world: World) -> None:
+    base = prepared(world)
+    run("apply", "fix", SOURCE, base)
+    assert "history" not in run("doctor").stdout
+    DATABASE.write_bytes(b"garbage " * 4096)
+    assert "note: history: " in run("doctor").stdout
+    DATABASE.unlink()
+    DATABASE.symlink_to("elsewhere")
+    assert "not a regular file" in run("doctor").stdout
 
 
 def test_held_history_delays_a_command_and_nothing_more(world: World) -> None:
