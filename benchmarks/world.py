@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the benchmarks run: a private mount namespace with ``/run``, ``/var/lib`` and a ground.
 
-The machine's own ``/usr``, ``/run`` and ``/var`` are neither changed nor seen.  The namespace ends with its
-last process, and every mount with it.
+The machine's own ``/usr``, ``/run`` and ``/var`` are neither changed nor seen.  The namespace ends
+with its last process, and every mount with it.
 """
 
 from __future__ import annotations

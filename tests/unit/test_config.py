@@ -12,7 +12,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayd import config
+from overlayd import config, history
 from overlayd.config import Config, FlaggedAction, load, parse
 from overlayd.errors import NotFoundError, OverlaydError, RefusedError
 from tests.unit.conftest import is_one_printable_line, needs_root, open_fds, time_limit
@@ -24,6 +24,7 @@ KEYS = {
     ),
     "critical": ("trees",),
     "flagged": ("patterns", "root"),
+    "history": ("days", "size"),
 }
 
 FLAGGED = (
@@ -44,6 +45,7 @@ def test_defaults_are_the_documented_ones(defaults: Config) -> None:
         "memory_reserve": 128 << 20,
     }
     assert defaults.flagged_root is FlaggedAction.WARN
+    assert history.Limits(defaults.history_days, defaults.history_size) == history.Limits()
     assert set(defaults.flagged_patterns) == set(FLAGGED)
 
 
@@ -67,6 +69,9 @@ def test_every_key_can_be_set() -> None:
         [flagged]
         patterns = []
         root = "refuse"
+        [history]
+        days = 36500
+        size = "256K"
     """
     assert parse(text, "f") == {
         "overlays": 1,
@@ -79,6 +84,8 @@ def test_every_key_can_be_set() -> None:
         "critical_trees": ("/usr/bin", "/usr/lib/*/x", "/usr"),
         "flagged_patterns": (),
         "flagged_root": FlaggedAction.REFUSE,
+        "history_days": 36500,
+        "history_size": 256 << 10,
     }
 
 
@@ -96,6 +103,10 @@ def test_every_key_can_be_set() -> None:
         ("[limits]\nsource_entries = inf", "limits.source_entries"),
         ("[limits]\nsource_depth = 0", "limits.source_depth"),
         ("[limits]\nsource_depth = 201", "limits.source_depth"),
+        ("[history]\ndays = 0", "history.days"),
+        ("[history]\ndays = 36501", "history.days"),
+        ('[history]\nsize = "255K"', "history.size"),
+        ("[history]\nsize = 64", "history.size"),
         ("[limits]\nupper_size = 64", "limits.upper_size"),
         ('[limits]\nupper_size = "64"', "limits.upper_size"),
         ('[limits]\nupper_size = "0M"', "limits.upper_size"),
