@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import random
 import signal
@@ -351,7 +352,7 @@ def damaged_copies(count: int) -> Sequence[Attempt]:
     return [attempt(at=NOON + n, message="m" * (n * 7 % 300)) for n in range(count)]
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def healthy() -> bytes:
     """Return a database of several levels."""
     with tempfile.TemporaryDirectory() as folder:
@@ -370,9 +371,9 @@ _flips = st.lists(
 @given(flips=_flips, cut=st.none() | st.integers(0, 1 << 18))
 @settings(max_examples=150)
 def test_damage_anywhere_stops_no_note_for_longer_than_one(
-    healthy: bytes, flips: list[tuple[int, int]], cut: int | None
+    flips: list[tuple[int, int]], cut: int | None
 ) -> None:
-    data = bytearray(healthy[:cut])
+    data = bytearray(healthy()[:cut])
     for place, value in flips:
         if data:
             data[place % len(data)] = value
