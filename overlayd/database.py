@@ -133,6 +133,20 @@ def is_damage(error: sqlite3.DatabaseError, database: str) -> bool:
     }
 
 
+def is_whole(database: str) -> bool:
+    """Whether SQLite finds nothing wrong with the file; where it cannot look, yes.
+
+    For what failed without saying why: reads all of the file.
+    """
+    import sqlite3  # noqa: PLC0415
+
+    try:
+        with contextlib.closing(connect(database, 0)) as connection:
+            return connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+    except sqlite3.DatabaseError as error:
+        return not is_damage(error, database)
+
+
 def number(connection: sqlite3.Connection, pragma: str) -> int:
     """Return what a *pragma* says, which is a number."""
     ((value,),) = connection.execute(f"PRAGMA {pragma}").fetchall()

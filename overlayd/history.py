@@ -32,6 +32,7 @@ from overlayd.database import (
     connect,
     directory,
     is_damage,
+    is_whole,
     lock,
     number,
     set_aside,
@@ -238,8 +239,14 @@ def _write(
                 values = astuple(attempt)
                 run(_INSERT, [journal.as_bytes(v) if isinstance(v, str) else v for v in values])
             run("COMMIT")
-    except sqlite3.DatabaseError as error:
-        if is_damage(error, database):
+    except sqlite3.OperationalError as error:
+        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+        if not busy and (is_damage(error, database) or not is_whole(database)):
+            raise DamagedError from error
+        raise
+    except (sqlite3.Error, ValueError, OverflowError) as error:
+        damage = isinstance(error, sqlite3.DatabaseError) and is_damage(error, database)
+        if damage or not is_whole(database):
             raise DamagedError from error
         raise
 
