@@ -9,7 +9,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror
 from overlayd.model import Options, Request, State, check_name, parse_size, shown
@@ -38,6 +38,13 @@ class Outcome:
     """How long the work on this overlay took."""
     bystander: bool = False
     """Whether nothing was wrong with this overlay of an atomic batch, but with another."""
+
+
+class Applier(Protocol):
+    """Whoever can apply an overlay: a manager, or a client of the service."""
+
+    def apply(self, request: Request, progress: Progress) -> Overlay:
+        """Make an overlay."""
 
 
 def read(path: Path) -> list[Request]:
@@ -127,24 +134,25 @@ def _request(entry: object, where: str, folder: str) -> Request:
 
 def run(
     requests: Sequence[Request],
-    manager: Callable[[], Manager],
+    applier: Callable[[], Applier],
     progress: Progress,
     *,
     jobs: int,
-    atomic: bool,
+    atomic: Callable[[], Manager] | None = None,
 ) -> list[Outcome]:
     """Apply *requests*, copying *jobs* of them at a time; say what became of each.
 
-    With *atomic* nothing is shown before everything is copied, and if one fails none stays.
+    With *atomic* managers nothing is shown before everything is copied, and if one fails none
+    stays.
     """
     outcomes = [Outcome(request) for request in requests]
-    if atomic:
-        _atomic(outcomes, manager, progress, jobs)
+    if atomic is not None:
+        _atomic(outcomes, atomic, progress, jobs)
         return outcomes
 
     def one(outcome: Outcome) -> None:
         with _timed(outcome):
-            outcome.overlay = manager().apply(outcome.request, progress)
+            outcome.overlay = applier().apply(outcome.request, progress)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, outcomes))
@@ -212,7 +220,7 @@ def dump(overlays: Sequence[Overlay]) -> str:
     tables = []
     for overlay in overlays:
         record = overlay.record
-        if overlay.state is State.DRAINING:
+        if overlay.state is State.DRAINING or not record.source:  # or it is not for us to know
             continue
         # A file that was laid into a directory was asked for with that directory as TARGET.
         table: dict[str, str | bool] = {

@@ -62,7 +62,8 @@ class _Commands(click.Group):
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 2 usage, 3 not found, 4 exists, 5 refused, 6 busy,"
-    " 7 no permission, 8 no space or a limit, 9 kernel refused, 130 interrupted, 1 internal.",
+    " 7 no permission, 8 no space or a limit, 9 kernel refused, 10 no service, 130 interrupted,"
+    " 1 internal.",
 )
 @click.version_option(__version__, prog_name="overlayd")
 def app() -> None:

@@ -18,7 +18,7 @@ from overlayd.cli_common import (
     recorded,
     stateroot_option,
 )
-from overlayd.errors import OverlaydError, RefusedError
+from overlayd.errors import NoPermissionError, OverlaydError, RefusedError
 from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
 
 if TYPE_CHECKING:
@@ -167,7 +167,12 @@ def reset(common: Common, *, name: str, version: str) -> None:
 
 @click.command(short_help="Take an overlay away.")
 @click.argument("name", required=False, shell_complete=complete_names)
-@click.option("--all", "everything", is_flag=True, help="Every overlay there is.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Every overlay there is, or all that are yours.",
+)
 @click.option("--lazy", is_flag=True, help="Also while in use: programs keep their old files.")
 @common_options
 def remove(common: Common, *, name: str | None, everything: bool, lazy: bool) -> None:
@@ -208,6 +213,8 @@ def _remove_all(common: Common, progress: Progress, noted: Noted, *, lazy: bool)
     for overlay in manager.list():
         progress.check()
         record = overlay.record
+        if os.geteuid() not in {0, record.owner}:
+            continue
         noted.about(record.name, target=record.target, source=record.source)
         try:
             gone.append(manager.remove(record.name, lazy=lazy, progress=progress))
@@ -245,18 +252,19 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     from pathlib import Path  # noqa: PLC0415
 
     from overlayd import batch as batches  # noqa: PLC0415
-    from overlayd.manager import Manager  # noqa: PLC0415
 
     requests = batches.read(Path(file))
-    config = common.load()
+    if atomic and os.geteuid() != 0:
+        message = "only root can apply a batch all or none"
+        raise NoPermissionError(message, hint="use sudo, or leave --atomic out")
     common.manager()
     with interruptible(common) as progress, recorded(common, "apply") as noted:
         outcomes = batches.run(
             requests,
-            lambda: Manager(lambda: config, warn=common.warn, trace=common.trace),
+            common.manager,
             progress,
-            jobs=jobs,
-            atomic=atomic,
+            jobs=jobs if os.geteuid() == 0 else 1,  # a person answers one question at a time
+            atomic=common.own_manager if atomic else None,
         )
         noted.batch(outcomes)
     if common.json:

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from overlayd import caller, render
-from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, UsageError
+from overlayd.errors import (
+    NotFoundError,
+    OverlaydError,
+    ServiceError,
+    UsageError,
+)
 from overlayd.model import shown
 from overlayd.observer import Observer
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
     from overlayd.batch import Outcome
     from overlayd.cleanup import Action
+    from overlayd.client import Client
     from overlayd.config import Config
     from overlayd.executor import Operation
     from overlayd.history import Attempt
@@ -46,29 +52,58 @@ class Common:
     """The configuration, once something has needed it."""
 
     def load(self) -> Config:
-        """Read the configuration."""
-        from pathlib import Path  # noqa: PLC0415
-
-        from overlayd import config  # noqa: PLC0415  # 'list' needs none
-
+        """Return the configuration, read once."""
         if self.loaded is None:
+            from pathlib import Path  # noqa: PLC0415
+
+            from overlayd import config  # noqa: PLC0415  # 'list' needs none
+
             self.loaded = config.load(None if self.config is None else Path(self.config))
         return self.loaded
 
-    def observer(self) -> Observer:
+    def observer(self) -> Observer | Client:
         """Return what looks at overlays.
 
         :raises OverlaydError: also for a ``--config`` that cannot be used, needed or not.
         """
         if self.config is not None:
             self.load()
-        return Observer(warn=self.warn)
+        return Observer(warn=self.warn) if os.geteuid() == 0 else self._client()
 
-    def manager(self) -> Manager:
-        """Return what changes overlays; it takes a while to load."""
+    def manager(self) -> Manager | Client:
+        """Return what changes overlays; it takes a while to load.
+
+        For root that is done by this process, for others by the service.
+        """
+        return self.own_manager() if os.geteuid() == 0 else self._client()
+
+    def own_manager(self) -> Manager:
+        """Return what does it in this process.
+
+        :raises NoPermissionError: for callers other than root.
+        """
         from overlayd.manager import Manager  # noqa: PLC0415
 
         return Manager(self.load, warn=self.warn, trace=self.trace)
+
+    def limits(self) -> dict[str, tuple[int | None, int]]:
+        """Return what the caller has of each limit, if it is counted, and how much he may.
+
+        :raises OverlaydError: if the service does not answer.
+        """
+        if os.geteuid() != 0:
+            return self._client().limits()
+        from overlayd.manager import Manager  # noqa: PLC0415
+
+        return Manager(self.load, warn=self.warn).limits()
+
+    def _client(self) -> Client:
+        try:
+            from overlayd.client import Client  # noqa: PLC0415
+        except ModuleNotFoundError as error:
+            message = f"the service cannot be asked: there is no Python module {error.name}"
+            raise ServiceError(message, hint="use sudo, or install python3-jeepney") from None
+        return Client(self.load, warn=self.warn)
 
     def past(
         self,
@@ -88,11 +123,9 @@ class Common:
 
         if self.config is not None:
             self.load()
-        uid_here = os.geteuid()
-        if uid_here != 0:
-            message = "the history is root's to read"
-            raise NoPermissionError(message, hint="run it with sudo")
-        return history.visible(history.read(name=name, uid=uid, since=since, limit=limit), uid_here)
+        if os.geteuid() != 0:
+            return self._client().history(name=name, uid=uid, since=since, limit=limit)
+        return history.read(name=name, uid=uid, since=since, limit=limit)
 
     @property
     def trace(self) -> Callable[[str, Operation], None] | None:
@@ -279,7 +312,7 @@ def complete_names(
 ) -> list[str]:
     """Complete the names of overlays."""
     try:
-        overlays = Observer(warn=lambda _: None).list()
+        overlays = Common(json=False, verbose=False, config=None).observer().list()
     except OverlaydError:
         return []
     return [o.record.name for o in overlays if o.record.name.startswith(incomplete)]

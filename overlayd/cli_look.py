@@ -48,13 +48,29 @@ def list_(common: Common, *, user: str | None, stateroot: str | None, draining: 
         click.echo(render.overlay_table(overlays))
 
 
-@click.command(short_help="Show one overlay.")
-@click.argument("name", shell_complete=complete_names)
+@click.command(short_help="Show one overlay, or your limits.")
+@click.argument("name", required=False, shell_complete=complete_names)
+@click.option("--limits", is_flag=True, help="What you have of each limit, and how much you may.")
 @common_options
-def status(common: Common, *, name: str) -> None:
-    """Show everything about the overlay NAME."""
-    overlay = common.observer().status(name)
-    common.show(overlay, render.overlay_details(overlay))
+def status(common: Common, *, name: str | None, limits: bool) -> None:
+    """Show everything about the overlay NAME, or your limits.
+
+    \b
+    Examples:
+      overlayd status fix
+      overlayd status --limits
+    """  # noqa: D301
+    if limits == (name is not None):
+        raise click.UsageError("Give either the NAME of an overlay or --limits.")
+    if name is not None:
+        overlay = common.observer().status(name)
+        common.show(overlay, render.overlay_details(overlay))
+        return
+    found = common.limits()
+    if common.json:
+        click.echo(render.as_json({k: {"used": u, "limit": m} for k, (u, m) in found.items()}))
+    else:
+        click.echo(render.limits_table(found))
 
 
 @click.command(short_help="Write the batch file that makes the present overlays again.")

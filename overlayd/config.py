@@ -19,18 +19,38 @@ from overlayd.errors import OverlaydError, RefusedError, from_oserror
 from overlayd.model import parse_size, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 VENDOR: Final = Path("/usr/lib/overlayd/overlayd.toml")
 LOCAL: Final = Path("/etc/overlayd/overlayd.toml")
 DROP_INS: Final = Path("/etc/overlayd/overlayd.toml.d")
 _DEFAULTS: Final = Path(__file__).with_name("overlayd.toml")
 _MAX_BYTES: Final = 1 << 20
+_USERS: Final = "users."
 _MAX_DEPTH: Final = 200
 """Directory descriptors per level of a source are three; 600 stay below the usual limit of 1024."""
 
 _MAX_DAYS: Final = 36500
 _MIN_HISTORY: Final = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class UserLimits:
+    """What each user other than root may have and do; sizes in bytes.
+
+    ``bytes`` and ``inodes`` are what the storage of all his overlays may take together; ``calls``
+    are those that the service answers in ten seconds, ``queued`` those that wait.
+    """
+
+    overlays: int
+    bytes: int
+    inodes: int
+    source_size: int
+    source_entries: int
+    source_depth: int
+    copies: int
+    queued: int
+    calls: int
 
 
 class FlaggedAction(StrEnum):
@@ -52,9 +72,16 @@ class Config:
     source_entries: int
     source_depth: int
     memory_reserve: int
+    memory_share: int
+    copies: int
+    receive_seconds: int
+    stall_seconds: int
+    users: UserLimits
+    critical_users: bool
     critical_trees: tuple[str, ...]
     flagged_patterns: tuple[str, ...]
     flagged_root: FlaggedAction
+    flagged_users: FlaggedAction
     history_days: int
     history_size: int
     files: tuple[str, ...]
@@ -71,6 +98,20 @@ def _depth(value: object) -> int:
     if (depth := _count(value)) <= _MAX_DEPTH:
         return depth
     reason = f"must be at most {_MAX_DEPTH}"
+    raise ValueError(reason)
+
+
+def _percent(value: object) -> int:
+    if (share := _count(value)) <= 100:  # noqa: PLR2004
+        return share
+    reason = "must be from 1 to 100"
+    raise ValueError(reason)
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    reason = "must be true or false"
     raise ValueError(reason)
 
 
@@ -142,9 +183,28 @@ _KEYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[object], object]]]]]
         "source_entries": ("source_entries", _count),
         "source_depth": ("source_depth", _depth),
         "memory_reserve": ("memory_reserve", _size),
+        "memory_share": ("memory_share", _percent),
+        "copies": ("copies", _count),
+        "receive_seconds": ("receive_seconds", _count),
+        "stall_seconds": ("stall_seconds", _count),
     },
-    "critical": {"trees": ("critical_trees", _trees)},
-    "flagged": {"patterns": ("flagged_patterns", _patterns), "root": ("flagged_root", _action)},
+    "users": {
+        "overlays": ("users.overlays", _count),
+        "bytes": ("users.bytes", _size),
+        "inodes": ("users.inodes", _count),
+        "source_size": ("users.source_size", _size),
+        "source_entries": ("users.source_entries", _count),
+        "source_depth": ("users.source_depth", _depth),
+        "copies": ("users.copies", _count),
+        "queued": ("users.queued", _count),
+        "calls": ("users.calls", _count),
+    },
+    "critical": {"trees": ("critical_trees", _trees), "users": ("critical_users", _flag)},
+    "flagged": {
+        "patterns": ("flagged_patterns", _patterns),
+        "root": ("flagged_root", _action),
+        "users": ("flagged_users", _action),
+    },
     "history": {"days": ("history_days", _days), "size": ("history_size", _history_size)},
 }
 
@@ -203,11 +263,27 @@ def _read(path: Path, *, guard: bool) -> str:
         raise RefusedError(message) from None
 
 
+def defaults() -> Config:
+    """Return the built-in configuration.
+
+    :raises OverlaydError: if the package is incomplete.
+    """
+    return _with_defaults([], guard=False)
+
+
 def load(file: Path | None = None) -> Config:
     """Return the configuration: the defaults, then *file* alone if given, else the machine's.
 
     :raises OverlaydError: for anything that cannot be read or understood.
     """
+    if file is not None:
+        return _with_defaults([file], guard=False)
+    drop_ins = sorted(DROP_INS.glob("*.toml")) if DROP_INS.is_dir() else []
+    chain = [path for path in (VENDOR, LOCAL, *drop_ins) if path.exists()]
+    return _with_defaults(chain, guard=True)
+
+
+def _with_defaults(chain: Sequence[Path], *, guard: bool) -> Config:
     try:
         # Not importlib.resources, which takes longer to load than all of this.
         defaults = _DEFAULTS.read_text("utf-8")
@@ -215,20 +291,22 @@ def load(file: Path | None = None) -> Config:
         raise from_oserror(error, "reading the defaults") from None
     settings = parse(defaults, "the defaults")
     used: list[str] = []
-    if file is not None:
-        chain = [file]
-    else:
-        drop_ins = sorted(DROP_INS.glob("*.toml")) if DROP_INS.is_dir() else []
-        chain = [path for path in (VENDOR, LOCAL, *drop_ins) if path.exists()]
     for path in chain:
         try:
-            text = _read(path, guard=file is None)
+            text = _read(path, guard=guard)
         except OSError as error:
             raise from_oserror(error, f"reading {shown(str(path))}") from None
         settings.update(parse(text, shown(str(path))))
         used.append(str(path))
+    users = {
+        key.removeprefix(_USERS): settings.pop(key) for key in [*settings] if key.startswith(_USERS)
+    }
     try:
-        return Config(**settings, files=tuple(used))  # type: ignore[arg-type]
+        return Config(
+            **settings,  # type: ignore[arg-type]
+            users=UserLimits(**users),  # type: ignore[arg-type]
+            files=tuple(used),
+        )
     except TypeError as error:  # a default is missing: a fault of the package
         message = f"the defaults are incomplete: {error}"
         raise OverlaydError(message) from error

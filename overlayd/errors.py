@@ -82,6 +82,13 @@ class KernelError(OverlaydError):
     exit_code = 9
 
 
+class ServiceError(OverlaydError):
+    """The service that does it for callers other than root cannot be reached."""
+
+    code = "no-service"
+    exit_code = 10
+
+
 class InterruptedByUserError(OverlaydError):
     """A signal asked the running command to stop; what it had done is undone."""
 

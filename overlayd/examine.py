@@ -15,6 +15,7 @@ from overlayd import syscalls as sys
 from overlayd.config import FlaggedAction
 from overlayd.errors import OverlaydError, RefusedError, from_oserror
 from overlayd.model import SourceKind, check_name, shown
+from overlayd.targets import Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,20 +24,24 @@ if TYPE_CHECKING:
     from overlayd.model import Request
     from overlayd.mountinfo import Table
     from overlayd.progress import Progress
-    from overlayd.targets import OpenPlace, OpenSource, Place
-    from overlayd.walker import Limits, Measure
+    from overlayd.targets import OpenPlace, OpenSource, Place, Source
+    from overlayd.walker import Flagged, Limits, Measure
 
 _WARN_NAMES: Final = 10
 
 
 @dataclass(slots=True)
 class Examined:
-    """Source and target, open, and what the source holds."""
+    """Source and target, open, and what the source holds, or is said to hold.
 
-    source: OpenSource
+    ``critical`` says why the target is critical; empty if it is not.
+    """
+
+    source: Source
     place: OpenPlace
     measure: Measure
     limits: Limits
+    critical: str
 
     def close(self) -> None:
         """Close both."""
@@ -52,35 +57,54 @@ def examine(  # noqa: PLR0913  # what it is about, and what it is held against
     table: Table,
     progress: Progress,
     warn: Callable[[str], None],
+    streamed: Streamed | None = None,
+    user: bool = False,
 ) -> Examined:
     """Check all of *request* that needs no lock, the cheap things first.
+
+    The source is the one that is *streamed*, if it is, and belongs to the caller if this raises.
+    With *user* the limits are those of users other than root, by whose rights it is looked at.
 
     :raises OverlaydError: for the first thing that is wrong.
     """
     check_name(request.name)
-    source = targets.open_source(request.source)
+    source = streamed or targets.open_source(request.source)
+    limits = source_limits(config, user=user or streamed is not None)
+    place = None
     try:
-        place = targets.open_target(request.target, source)
-    except OverlaydError:
-        source.close()
-        raise
-    limits = walker.Limits(config.source_entries, config.source_size, config.source_depth)
-    try:
-        _check_critical(request, place, config)
+        # What a user's path leads to he has found out himself, by his own rights.
+        target = request.target if streamed else targets.resolve_target(request.target)
+        place = targets.open_target(target, source)
+        critical = _check_critical(request, place, config)
         check_free(place.place)
         plan.check_mounts(place.place, table)
-        targets.check_apart(source, place.place, table)
-        _check_depth(place)
-        measure = _measure(request, source, place, limits, config, progress)
-        _report_flagged(measure, config, warn)
+        if not user:
+            _check_depth(place)
+        if isinstance(source, Streamed):
+            measure = source.receiver.declared
+        else:
+            targets.check_apart(source, place.place, table)
+            measure = _measure(request, source, place, limits, config, progress)
+            if not user:
+                report_flagged(measure, config.flagged_root, warn)
         plan.check_memory(measure, request.source, memory_available(), config.memory_reserve)
-    except OSError as error:
-        raise from_oserror(error, f"looking at {shown(request.target)}") from None
-    except BaseException:
-        source.close()
-        place.close()
+    except BaseException as error:
+        if streamed is None:
+            source.close()
+        if place is not None:
+            place.close()
+        if isinstance(error, OSError):
+            raise from_oserror(error, f"looking at {shown(request.target)}") from None
         raise
-    return Examined(source, place, measure, limits)
+    return Examined(source, place, measure, limits, critical)
+
+
+def source_limits(config: Config, *, user: bool) -> Limits:
+    """Return what a source may hold: root's, or that of a *user*."""
+    if user:
+        own = config.users
+        return walker.Limits(own.source_entries, own.source_size, own.source_depth, "users")
+    return walker.Limits(config.source_entries, config.source_size, config.source_depth)
 
 
 def _measure(  # noqa: PLR0913, PLR0917  # one question, all of it needed
@@ -112,26 +136,35 @@ def _measure(  # noqa: PLR0913, PLR0917  # one question, all of it needed
     return measure
 
 
-def _report_flagged(measure: Measure, config: Config, warn: Callable[[str], None]) -> None:
-    if not measure.flagged_count or config.flagged_root is FlaggedAction.IGNORE:
+def report_flagged(
+    measure: Flagged, action: FlaggedAction, warn: Callable[[str], None], *, whose: str = "root"
+) -> None:
+    """Do with flagged files what the configuration says.
+
+    :raises RefusedError: naming the first of them, if they are to be refused.
+    """
+    if not measure.flagged_count or action is FlaggedAction.IGNORE:
         return
-    names = ", ".join(map(shown, measure.flagged[:_WARN_NAMES]))
-    if (more := measure.flagged_count - _WARN_NAMES) > 0:
-        names += f" and {more} more"
-    text = f"{measure.flagged_count} flagged files: {names}"
-    if config.flagged_root is FlaggedAction.REFUSE:
+    text = flagged_text(measure)
+    if action is FlaggedAction.REFUSE:
         message = f"the source holds {text}"
-        raise RefusedError(message, hint="flagged.root in the configuration decides this")
+        raise RefusedError(message, hint=f"flagged.{whose} in the configuration decides this")
     warn(text)
 
 
-def _check_critical(request: Request, place: OpenPlace, config: Config) -> None:
-    """Refuse a critical target without --allow-critical.
+def flagged_text(measure: Flagged) -> str:
+    """Say how many flagged files there are, and name the first."""
+    names = ", ".join(map(shown, measure.flagged[:_WARN_NAMES]))
+    if (more := measure.flagged_count - _WARN_NAMES) > 0:
+        names += f" and {more} more"
+    return f"{measure.flagged_count} flagged files: {names}"
+
+
+def _check_critical(request: Request, place: OpenPlace, config: Config) -> str:
+    """Return why the target is critical, or no text; refuse it without --allow-critical.
 
     :raises RefusedError: saying why the target is critical.
     """
-    if request.options.allow_critical:
-        return
     where = place.place
     facts = _file_facts(place.place_fd) if where.entry else None
     for path in dict.fromkeys((where.mount_point, where.target)):
@@ -140,8 +173,12 @@ def _check_critical(request: Request, place: OpenPlace, config: Config) -> None:
         )
         if reason is not None:
             covers = "" if path == where.target else ", and the overlay has to cover it"
-            message = f"critical target: {shown(reason)}{covers}"
+            text = f"{shown(reason)}{covers}"
+            if request.options.allow_critical:
+                return text
+            message = f"critical target: {text}"
             raise RefusedError(message, hint="--allow-critical, if you mean it")
+    return ""
 
 
 def _exists(pattern: str) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from overlayd.overlayfs import Exchange
     from overlayd.progress import Progress
     from overlayd.store import Lock, Store
-    from overlayd.targets import OpenPlace, OpenSource
+    from overlayd.targets import OpenPlace, Source
 
 _SIGNALS: Final = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -39,7 +39,7 @@ class Run:
     record: Record
     way: Exchange | None = None
     lock: Lock | None = None
-    source: OpenSource | None = None
+    source: Source | None = None
     place: OpenPlace | None = None
     base_fd: int = -1
     base_mount_fd: int = -1

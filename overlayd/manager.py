@@ -19,7 +19,7 @@ from overlayd.model import TAG_PREFIX, Overlay, State, check_name
 from overlayd.mountinfo import own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress
-from overlayd.store import LAYER, storage_path, upper_name
+from overlayd.store import LAYER, not_found, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from overlayd.config import Config
     from overlayd.examine import Examined
     from overlayd.executor import Operation
-    from overlayd.model import Request
+    from overlayd.model import Record, Request
     from overlayd.mountinfo import Table
     from overlayd.overlayfs import Exchange
-    from overlayd.targets import Place
+    from overlayd.targets import Place, Streamed
 
 
 @dataclass(slots=True)
@@ -40,6 +40,13 @@ class Prepared:
 
     executor: Executor
     done: Callable[[Run], Overlay]
+    critical: str
+    """Why the target is critical; empty if it is not."""
+
+    @property
+    def record(self) -> Record:
+        """The record as it is by now."""
+        return self.executor.run.record
 
     def commit(self) -> Overlay:
         """Attach the overlay.
@@ -57,6 +64,19 @@ class Prepared:
         """Undo what was prepared."""
         self.executor.roll_back()
         self.executor.run.close()
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Somebody for whom the service makes an overlay, and what he sends."""
+
+    owner: plan.Owner
+    source: Streamed
+
+
+def memory() -> int:
+    """Return how much memory the machine has, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Manager(Observer):
@@ -96,8 +116,10 @@ class Manager(Observer):
         """
         return self.prepare(request, progress).commit()
 
-    def prepare(self, request: Request, progress: Progress) -> Prepared:
+    def prepare(self, request: Request, progress: Progress, user: User | None = None) -> Prepared:
         """Do everything of an apply but make it visible; the name and the place are taken.
+
+        With a *user* the source is what he sends, within the limits that are his.
 
         :raises OverlaydError: and then nothing is left of it.
         """
@@ -108,8 +130,9 @@ class Manager(Observer):
         self._store.ensure()
         if state.unfinished(self._store.remembered()):
             self._settled()
-        seen = self._examine(request, progress, present=True)
+        seen = self._examine(request, progress, present=True, user=user)
         where = seen.place.place
+        owner = plan.Owner(os.getuid(), caller.session_id()) if user is None else user.owner
         try:
             with self._store.locked():
                 # Again and exactly, now that nobody else can take the name or the place.
@@ -118,7 +141,10 @@ class Manager(Observer):
                 except OverlaydError:
                     plan.check_free(request.name, where, self._settle(), config.overlays)
                 targets.check_still_there(seen.place)
-                record = plan.new_record(request, where, seen.measure, self._identity(), config)
+                identity = self._identity(owner)
+                record = plan.new_record(request, where, seen.measure, identity, config)
+                if user is not None:
+                    plan.check_share(record, self._store.reserved(), config, memory())
                 run = Run(
                     self._store, progress, record, self._way, source=seen.source, place=seen.place
                 )
@@ -133,9 +159,24 @@ class Manager(Observer):
         except BaseException:
             run.close()
             raise
-        return Prepared(executor, self._shown)
+        return Prepared(executor, self._shown, seen.critical)
 
-    def _examine(self, request: Request, progress: Progress, *, present: bool) -> Examined:
+    def consider(self, request: Request, user: User) -> tuple[str, str]:
+        """Check all of a user's apply that costs little.
+
+        Return why TARGET is critical, if it is, and what the overlay would cover.
+
+        :raises OverlaydError: for the first thing that is wrong.
+        """
+        check_name(request.name)
+        self._store.ensure()
+        seen = self._examine(request, Progress(), present=True, user=user)
+        seen.place.close()
+        return seen.critical, seen.place.place.mount_point
+
+    def _examine(
+        self, request: Request, progress: Progress, *, present: bool, user: User | None = None
+    ) -> Examined:
         """Check all that needs no lock; *present* says that there is a world to ask for records."""
         from overlayd.examine import examine  # noqa: PLC0415  # for an apply alone
 
@@ -155,15 +196,15 @@ class Manager(Observer):
             table=self._mounts.table(),
             progress=progress,
             warn=self._warn,
+            streamed=None if user is None else user.source,
         )
 
-    def _identity(self) -> plan.Identity:
-        """Say who makes an overlay, and when; uid and session as the kernel attests them."""
+    def _identity(self, owner: plan.Owner) -> plan.Identity:
+        """Say who makes an overlay, and when."""
         return plan.Identity(
             uuid=str(uuid.uuid4()),
             boot_id=self._store.boot_id,
-            owner=os.getuid(),
-            session_id=caller.session_id(),
+            owner=owner,
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             deployment=str(booted) if (booted := ostree.booted()) and booted.name else None,
         )
@@ -176,12 +217,17 @@ class Manager(Observer):
         seen = self._examine(request, progress, present=self._store.exists())
         seen.close()
         where = seen.place.place
-        record = plan.new_record(request, where, seen.measure, self._identity(), self.config)
+        owner = plan.Owner(os.getuid(), caller.session_id())
+        record = plan.new_record(request, where, seen.measure, self._identity(owner), self.config)
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]
 
-    def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
+    def reset(
+        self, name: str, version: int, progress: Progress | None = None, *, uuid: str | None = None
+    ) -> Overlay:
         """Take an overlay back to *version*, without what was edited since.
+
+        With a *uuid* only that overlay is meant, whoever has the name by now.
 
         :raises OverlaydError: and then it shows what it showed before.
         """
@@ -189,16 +235,24 @@ class Manager(Observer):
         def steps(overlay: Overlay, table: Table) -> tuple[Operation, ...]:
             return plan.plan_reset(overlay, version, plan.mounts_around(overlay, table))
 
-        run = self._change(name, steps, progress)
+        run = self._change(name, steps, progress, uuid)
         try:
             return self._shown(run)
         finally:
             run.close()
 
-    def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
+    def remove(
+        self,
+        name: str,
+        *,
+        lazy: bool = False,
+        progress: Progress | None = None,
+        uuid: str | None = None,
+    ) -> Overlay:
         """Remove an overlay; with *lazy* also while programs use it.
 
-        Returns it as it was, in state *draining* if something still uses it.
+        Returns it as it was, in state *draining* if something still uses it.  With a *uuid* only
+        that overlay is meant, whoever has the name by now.
 
         :raises BusyError: if it is in use and not *lazy*, saying by whom.
         """
@@ -209,7 +263,7 @@ class Manager(Observer):
             around = plan.mounts_around(overlay, table)
             return plan.plan_remove(overlay, around, lazy=lazy, copied=copied)
 
-        run = self._change(name, steps, progress)
+        run = self._change(name, steps, progress, uuid)
         try:
             record = run.record
             self._mounts.note([], [storage_path(record.uuid), record.mount_point])
@@ -223,9 +277,12 @@ class Manager(Observer):
         name: str,
         steps: Callable[[Overlay, Table], tuple[Operation, ...]],
         progress: Progress | None,
+        uuid: str | None,
     ) -> Run:
         """Run planned *steps* on a live overlay under its lock; the caller closes the run."""
         record = state.by_name(check_name(name), self._observed())
+        if uuid is not None and record.uuid != uuid:
+            raise not_found(name)
         lock = self._store.lock(record)
         run = Run(self._store, progress or Progress(), record, self._way, lock=lock)
         try:
@@ -255,6 +312,13 @@ class Manager(Observer):
             )
             self._mounts.note(made, [storage_path(record.uuid), record.mount_point])
         return state.with_storage(Overlay(record, State.ACTIVE, mount_id, None))
+
+    def limits(self, uid: int = 0) -> dict[str, tuple[int | None, int]]:
+        """Return what *uid* has of each limit, None where nothing is counted, and how much he may.
+
+        :raises OverlaydError: if the records cannot be read.
+        """
+        return plan.limits_of(uid, self._observed(), self.config, memory())
 
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more, or with *dry_run* only say what that is.

@@ -85,12 +85,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A read-only tree of an overlay; ``size`` in bytes as stored, in pages of 4 KiB."""
+    """A read-only tree of an overlay; ``size`` in bytes as stored, in pages of 4 KiB.
+
+    ``digest`` is that of the stream it came as (:mod:`overlayd.stream`), in hexadecimal; empty for
+    what root copied.
+    """
 
     version: int
     source: str
     entries: int
     size: int
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

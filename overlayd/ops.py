@@ -9,17 +9,18 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from overlayd import layers, overlayfs, targets
+from overlayd import layers, overlayfs, targets, writer
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
 from overlayd.executor import Step
 from overlayd.model import USR, Phase, Record, SourceKind, Tree, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
-from overlayd.walker import OPEN_DIRECTORY, Limits
+from overlayd.targets import OpenSource, Streamed
+from overlayd.walker import OPEN_DIRECTORY, Limits, conflict, is_directory
 
 if TYPE_CHECKING:
     from overlayd.executor import Run
-    from overlayd.targets import OpenPlace, OpenSource
+    from overlayd.targets import OpenPlace, Source
 
 TREE: Final = "tree"
 
@@ -95,26 +96,24 @@ class FillLayer(Step):
             try:
                 self._fill(run, run.source, run.place, tree)
                 # Once filled: what is made in a directory changes its time, and may inherit.
-                layers.copy_directory_attributes(run.place.base_fd, tree)
+                writer.copy_directory_attributes(run.place.base_fd, tree)
             finally:
                 os.close(tree)
             overlayfs.make_read_only(top)
         finally:
             os.close(top)
 
-    def _fill(self, run: Run, source: OpenSource, place: OpenPlace, tree: int) -> None:
-        copier = layers.Copier(
-            label=self.source,
-            limits=self.limits,
-            preserve_owner=self.preserve_owner,
-            progress=run.progress,
-            dest_root=tree,
-        )
+    def _fill(self, run: Run, source: Source, place: OpenPlace, tree: int) -> None:
         run.progress.expect(self.entries, self.size)
         if not self.prefix:
-            copier.tree(source.fd, place.base_fd)
+            self._content(run, source, tree, place.base_fd)
             return
-        folders = self.prefix if source.kind is SourceKind.DIRECTORY else self.prefix[:-1]
+        folders = self.prefix
+        if source.kind is SourceKind.FILE:
+            folders = self.prefix[:-1]
+            if is_directory(place.base_fd, self.prefix[0]):
+                over = f"{place.place.mount_point}/{self.prefix[0]}"
+                raise conflict(self.source, over, base_is_directory=True)
         fd = os.dup(tree)
         try:
             for name in folders:
@@ -123,13 +122,27 @@ class FillLayer(Step):
                 os.close(fd)
                 fd = inner
                 os.fchmod(fd, 0o755)
-            if source.kind is SourceKind.DIRECTORY:
-                copier.dest_root = fd
-                copier.tree(source.fd, None)
-            else:
-                copier.single_file(source.fd, source.file, fd, self.prefix[-1])
+            self._content(run, source, fd, None)
         finally:
             os.close(fd)
+
+    def _content(self, run: Run, source: Source, fd: int, base_fd: int | None) -> None:
+        """Write what the source holds into the directory *fd*, which lies over *base_fd*."""
+        into = writer.Writer(self.source, self.limits, fd)
+        directory = source.kind is SourceKind.DIRECTORY
+        if isinstance(source, Streamed):
+            if directory:
+                source.receiver.tree(into, base_fd)
+            else:
+                source.receiver.single_file(into, fd, self.prefix[-1])
+            layer = source.receiver.received.as_layer(run.record.layers[0])
+            run.record = run.record.with_(layers=(layer, *run.record.layers[1:]))
+        elif isinstance(source, OpenSource):
+            copier = layers.Copier(into, self.preserve_owner, run.progress)
+            if directory:
+                copier.tree(source.fd, base_fd)
+            else:
+                copier.single_file(source.fd, source.file, fd, self.prefix[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +163,7 @@ class PrepareUpper(Step):
         """Make them."""
         top = os.open(storage_path(run.record.uuid, upper_name(self.number)), OPEN_DIRECTORY)
         try:
-            os.close(layers.make_directory(top, "upper", base_of(run)))
+            os.close(writer.make_directory(top, "upper", base_of(run)))
             if not run.record.options.read_only:
                 os.mkdir("work", 0o700, dir_fd=top)
         finally:
@@ -410,11 +423,14 @@ class Attach(Step):
             raise AssertionError
         sys.move_mount(run.overlay_fd, run.place.place_fd)
         run.attached = True
+        # From here on it cannot be moved; since it was opened, it may have been.
+        targets.check_attached(self.mount_point, run.overlay_fd)
 
     def undo(self, run: Run) -> None:
         """Detach it."""
         if run.attached:
-            sys.umount2(self.mount_point, sys.MNT_DETACH)
+            # The path may lead elsewhere.
+            sys.umount_fd(run.overlay_fd, sys.MNT_DETACH)
             run.attached = False
 
 

@@ -47,13 +47,20 @@ _MAX_NAMES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose overlay it will be, as the kernel or the bus attests."""
+
+    uid: int
+    session_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """What a new overlay's record says of its maker and its moment."""
 
     uuid: str
     boot_id: str
-    owner: int
-    session_id: int | None
+    owner: Owner
     created_at: str
     deployment: str | None
 
@@ -141,6 +148,88 @@ def check_memory(measure: Measure, label: str, available: int, reserve: int) -> 
         raise SpaceError(message, hint=f"{human_size(reserve)} is kept: limits.memory_reserve")
 
 
+def check_share(record: Record, present: Sequence[Record], config: Config, memory: int) -> None:
+    """Refuse a user's overlay for which he, or all together, would have too much.
+
+    *memory* is all that the machine has, in bytes.
+
+    :raises SpaceError: naming the limit, what is used of it, and where it is set.
+    """
+    used = limits_of(record.owner, present, config, memory)
+    more = usage_of(record.owner, [record])
+    for what, key, name, asked, write in (
+        ("overlays of one user", "users.overlays", "overlays", 1, str),
+        ("storage of one user", "users.bytes", "bytes", more.bytes, human_size),
+        ("files of one user", "users.inodes", "inodes", more.inodes, str),
+        ("storage of all", "limits.memory_share", "bytes_of_all", more.bytes, human_size),
+    ):
+        if name not in used:  # root has no limits of his own
+            continue
+        now, limit = used[name]
+        if (now or 0) + asked > limit:
+            message = (
+                f"{what}: {write(now or 0)} of {write(limit)} in use, {write(asked)} asked for"
+            )
+            raise SpaceError(message, hint=f"{key} in the configuration; or remove an overlay")
+
+
+def limits_of(
+    uid: int, present: Sequence[Record], config: Config, memory: int
+) -> dict[str, tuple[int | None, int]]:
+    """Return what a user has of each limit, None where nothing is counted, and how much he may.
+
+    *memory* is all that the machine has, in bytes.  Root has no limits of his own.
+    """
+    usage, users = usage_of(uid, present), config.users
+    everybody: dict[str, tuple[int | None, int]] = {
+        "bytes_of_all": (taken(present), memory * config.memory_share // 100),
+        "overlays_of_all": (
+            sum(record.phase is not Phase.DRAINING for record in present),
+            config.overlays,
+        ),
+    }
+    if uid == 0:
+        return {
+            "source_size": (None, config.source_size),
+            "source_entries": (None, config.source_entries),
+            "source_depth": (None, config.source_depth),
+            "overlays_of_all": everybody["overlays_of_all"],
+        }
+    return {
+        "overlays": (usage.overlays, users.overlays),
+        "bytes": (usage.bytes, users.bytes),
+        "inodes": (usage.inodes, users.inodes),
+        "source_size": (None, users.source_size),
+        "source_entries": (None, users.source_entries),
+        "source_depth": (None, users.source_depth),
+        "copies": (None, users.copies),
+        "queued": (None, users.queued),
+        "calls": (None, users.calls),
+        **everybody,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What overlays take together; ``bytes`` and ``inodes`` are what their storage may hold."""
+
+    overlays: int
+    bytes: int
+    inodes: int
+
+
+def usage_of(uid: int, present: Sequence[Record]) -> Usage:
+    """Return what a user has, what is removed but still used counted."""
+    own = [record for record in present if record.owner == uid]
+    inodes = sum(r.inodes + sum(layer.entries for layer in r.layers) for r in own)
+    return Usage(len(own), taken(own), inodes)
+
+
+def taken(present: Sequence[Record]) -> int:
+    """Return the bytes that the storage of all of them may take."""
+    return sum(record.size + sum(layer.size for layer in record.layers) for record in present)
+
+
 def new_record(
     request: Request, place: Place, measure: Measure, identity: Identity, config: Config
 ) -> Record:
@@ -151,8 +240,8 @@ def new_record(
         name=request.name,
         phase=Phase.PREPARING,
         boot_id=identity.boot_id,
-        owner=identity.owner,
-        session_id=identity.session_id,
+        owner=identity.owner.uid,
+        session_id=identity.owner.session_id,
         scope=Scope.SYSTEM,
         source=request.source,
         target=place.target,

@@ -26,6 +26,11 @@ class Progress:
         """Ask the operation to stop at its next step; safe in a signal handler."""
         self._stop = True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the operation is to stop."""
+        return self._stop
+
     def check(self) -> None:
         """Return if the operation may go on.
 
@@ -39,6 +44,9 @@ class Progress:
         """Announce a copy of *entries* entries and *size* bytes."""
         self.total_entries += entries
         self.total_size += size
+
+    def close(self) -> None:
+        """Stop showing anything."""
 
     def advance(self, entries: int, size: int) -> None:
         """Report *entries* and *size* bytes as copied, and check."""

@@ -75,6 +75,10 @@ class _Reader:
             return value
         raise self.error(key, "must be a string")
 
+    def string_if_there(self, key: str) -> str:
+        """Return a string that records of an earlier release do not have."""
+        return self.string(key) if key in self._value else ""
+
     def string_or_none(self, key: str) -> str | None:
         return None if self._get(key) is None else self.string(key)
 
@@ -127,6 +131,7 @@ def encode(record: Record) -> bytes:
                     "source": layer.source,
                     "entries": layer.entries,
                     "size": layer.size,
+                    "digest": layer.digest,
                 }
                 for layer in record.layers
             ],
@@ -196,6 +201,7 @@ def decode(data: bytes) -> Record:
                 source=layer.string("source"),
                 entries=layer.number("entries"),
                 size=layer.number("size"),
+                digest=layer.string_if_there("digest"),
             )
             for layer in reader.array("layers")
         ),

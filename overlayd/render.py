@@ -13,7 +13,7 @@ from overlayd.model import counted, human_size, shown
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from overlayd.errors import OverlaydError
     from overlayd.model import Overlay, Storage
@@ -30,14 +30,14 @@ def overlay_object(overlay: Overlay) -> dict[str, object]:
         "name": record.name,
         "uuid": record.uuid,
         "target": record.target,
-        "source": record.source,
+        "source": record.source or None,
         "owner": record.owner,
         "session_id": record.session_id,
         "scope": record.scope,
         "state": overlay.state,
         "version": None if record.tree is None else record.tree.version,
-        "created_at": record.created_at,
-        "mount_point": record.mount_point,
+        "created_at": record.created_at or None,
+        "mount_point": record.mount_point or None,
         "mount_id": overlay.mount_id,
         "layers": [
             {
@@ -45,6 +45,7 @@ def overlay_object(overlay: Overlay) -> dict[str, object]:
                 "source": layer.source,
                 "entries": layer.entries,
                 "size_bytes": layer.size,
+                "digest": layer.digest or None,
             }
             for layer in record.layers
         ],
@@ -52,7 +53,9 @@ def overlay_object(overlay: Overlay) -> dict[str, object]:
             "read_only": record.options.read_only,
             "allow_other": record.options.allow_other,
             "default_permissions": record.options.default_permissions,
-        },
+        }
+        if record.mount_point
+        else None,  # it is somebody else's, and not for us to see
         "storage": None if overlay.storage is None else _storage_object(overlay.storage),
         "deployment": record.deployment,
     }
@@ -147,7 +150,31 @@ def overlay_details(overlay: Overlay) -> str:
     if record.deployment is not None:
         rows.append(("deployment", record.deployment))
     rows.append(("uuid", record.uuid))
-    return columns((f"{key}:", value) for key, value in rows)
+    return columns((f"{key}:", value) for key, value in rows if value)
+
+
+_LIMITS: Final = {
+    "overlays": "overlays",
+    "bytes": "their storage",
+    "inodes": "files in it",
+    "source_size": "largest source",
+    "source_entries": "entries of a source",
+    "source_depth": "depth of a source",
+    "copies": "sources at a time",
+    "queued": "calls that wait",
+    "calls": "calls in ten seconds",
+    "bytes_of_all": "storage of everybody",
+    "overlays_of_all": "overlays of everybody",
+}
+
+
+def limits_table(limits: Mapping[str, tuple[int | None, int]]) -> str:
+    """Return what ``status --limits`` prints."""
+    rows = [("LIMIT", "USED", "OF")]
+    for key, (used, limit) in limits.items():
+        write = human_size if "bytes" in key or "size" in key else str
+        rows.append((_LIMITS.get(key, key), "-" if used is None else write(used), write(limit)))
+    return columns(rows)
 
 
 def applied(overlay: Overlay) -> str:

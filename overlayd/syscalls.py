@@ -316,6 +316,12 @@ def umount2(path: str, flags: int = 0) -> None:
         raise _fail("umount2")
 
 
+def umount_fd(fd: int, flags: int = 0) -> None:
+    """Unmount the mount whose root *fd* is, wherever it is attached."""
+    if _libc.umount2(f"/proc/self/fd/{fd}".encode(), ctypes.c_int(flags)) < 0:
+        raise _fail("umount2")
+
+
 def unshare(flags: int) -> None:
     """Leave the namespaces named by CLONE_* *flags* for new ones."""
     if _libc.unshare(ctypes.c_int(flags)) < 0:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from overlayd.mountinfo import Table
+    from overlayd.receiver import Receiver
 
 # Names from linux/magic.h; their files have no size, no end or side effects.
 _PSEUDO: Final = {
@@ -76,14 +77,11 @@ class OpenPlace:
 
 
 @dataclass(slots=True)
-class OpenSource:
-    """A source, open: ``fd`` is the directory, or for a file the directory that ``file`` is in."""
+class Source:
+    """A source: what it is, and the path by which the caller named it."""
 
     kind: SourceKind
     path: str
-    real_path: str
-    fd: int
-    file: str
 
     @property
     def name(self) -> str:
@@ -91,8 +89,31 @@ class OpenSource:
         return os.path.basename(self.path.rstrip("/"))
 
     def close(self) -> None:
+        """Let go of it."""
+
+
+@dataclass(slots=True)
+class OpenSource(Source):
+    """A source, open: ``fd`` is the directory, or for a file the directory that ``file`` is in."""
+
+    real_path: str
+    fd: int
+    file: str
+
+    def close(self) -> None:
         """Close the descriptor."""
         os.close(self.fd)
+
+
+@dataclass(slots=True)
+class Streamed(Source):
+    """A source that its owner sends; its path is a claim of his, and never opened here."""
+
+    receiver: Receiver
+
+    def close(self) -> None:
+        """Stop listening to him."""
+        self.receiver.close()
 
 
 def open_source(path: str) -> OpenSource:
@@ -131,15 +152,26 @@ def open_source(path: str) -> OpenSource:
         os.close(fd)
 
 
-def open_target(path: str, source: OpenSource) -> OpenPlace:
-    """Open the place that TARGET means for this source, with its links resolved once.
+def resolve_target(path: str) -> str:
+    """Return what TARGET leads to, by the rights of this process.
 
-    :raises RefusedError: if it lies outside /usr, or cannot take this source.
+    :raises RefusedError: if that lies outside /usr.
     """
     real = os.path.realpath(path)
     if not is_within(real, USR):
         leads = "" if real == path else f" leads to {shown(real)}, which"
         message = f"TARGET {shown(path)}{leads} is not under /usr"
+        raise RefusedError(message)
+    return real
+
+
+def open_target(real: str, source: Source) -> OpenPlace:
+    """Open the place that TARGET means for this source; *real* has no links in it.
+
+    :raises RefusedError: if it lies outside /usr, has links in it, or cannot take this source.
+    """
+    if not is_within(real, USR) or not {"", ".", ".."}.isdisjoint(real.split("/")[1:]):
+        message = f"TARGET {shown(real)} is not a path under /usr without links"
         raise RefusedError(message)
     try:
         usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -151,10 +183,13 @@ def open_target(path: str, source: OpenSource) -> OpenPlace:
         if error.errno == errno.ENOTDIR:
             message = f"TARGET {shown(real)}: a part of the path is a file"
             raise RefusedError(message) from None
+        if error.errno == errno.ELOOP:
+            message = f"TARGET {shown(real)}: a part of the path is a link"
+            raise RefusedError(message) from None
         raise from_oserror(error, f"opening TARGET {shown(real)}") from None
 
 
-def _open_beneath(usr_fd: int, real: str, source: OpenSource) -> OpenPlace:
+def _open_beneath(usr_fd: int, real: str, source: Source) -> OpenPlace:
     parts = real.split("/")[2:]
     missing: list[str] = []
     while True:
@@ -202,8 +237,33 @@ def check_still_there(place: OpenPlace) -> None:
     except OSError:
         there = False
     if not there:
-        message = f"TARGET {shown(place.place.target)} changed while it was looked at"
-        raise BusyError(message, hint="try again")
+        raise _moved(place.place.target)
+
+
+def _moved(path: str) -> BusyError:
+    message = f"TARGET {shown(path)} changed while it was looked at"
+    return BusyError(message, hint="try again")
+
+
+def check_attached(mount_point: str, mount_fd: int) -> None:
+    """Refuse a place whose path does not lead to the mount *mount_fd* that was attached there.
+
+    :raises BusyError: saying so.
+    """
+    try:
+        usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            now = overlayfs.open_beneath(usr_fd, mount_point.removeprefix(USR).strip("/"))
+        finally:
+            os.close(usr_fd)
+        try:
+            there = sys.statx(now).mnt_id == sys.statx(mount_fd).mnt_id
+        finally:
+            os.close(now)
+    except OSError:
+        there = False
+    if not there:
+        raise _moved(mount_point)
 
 
 def _still_there(place: OpenPlace) -> bool:

@@ -12,7 +12,7 @@ import os
 import stat
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from overlayd.errors import RefusedError, SpaceError, from_oserror
 from overlayd.model import human_size, shown
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 PAGE: Final = 4096
-_INLINE_LINK: Final = 128
+INLINE_LINK: Final = 128
 """tmpfs keeps the text of a symlink up to this length in the inode (SHORT_SYMLINK_LEN)."""
 _MAX_FLAGGED: Final = 1000
 
@@ -44,11 +44,15 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a source may hold at most; ``size`` in bytes as stored."""
+    """What a source may hold at most; ``size`` in bytes as stored.
+
+    ``table`` is where in the configuration that is said.
+    """
 
     entries: int
     size: int
     depth: int
+    table: str = "limits"
 
 
 @dataclass(slots=True)
@@ -101,15 +105,16 @@ def open_file(name: str, dir_fd: int) -> int:
 def _stored(name: str, dir_fd: int, facts: os.stat_result) -> int:
     """Return the bytes that tmpfs needs for a regular file: whole pages, holes left out."""
     if not has_holes(facts):
-        return _pages(facts.st_size)
+        return pages(facts.st_size)
     fd = open_file(name, dir_fd)
     try:
-        return sum(_pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size))
+        return sum(pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size))
     finally:
         os.close(fd)
 
 
-def _pages(size: int) -> int:
+def pages(size: int) -> int:
+    """Return *size* in bytes, rounded up to whole pages."""
     return -(-size // PAGE) * PAGE
 
 
@@ -140,8 +145,21 @@ class Walk:
     same), the root too.  A directory's files come before its subdirectories are entered.
     """
 
-    def __init__(self, root_fd: int, label: str, depth: int) -> None:
-        """Walk below *root_fd*, called *label* in errors, at most *depth* levels deep."""
+    def __init__(
+        self,
+        root_fd: int,
+        label: str,
+        depth: int,
+        *,
+        ordered: bool = False,
+        table: str = "limits",
+    ) -> None:
+        """Walk below *root_fd*, called *label* in errors, at most *depth* levels deep.
+
+        If *ordered*, files and links of a directory come by name, and then its directories.
+        """
+        self._ordered = ordered
+        self._table = table
         self._root_fd = root_fd
         self._label = label
         self._depth = depth
@@ -171,7 +189,8 @@ class Walk:
                 name = frame.todo.pop()
                 if len(stack) > self._depth:
                     message = f"{shown(self.path(name))} lies deeper than {self._depth} directories"
-                    raise RefusedError(message, hint="limits.source_depth in the configuration")
+                    hint = f"{self._table}.source_depth in the configuration"
+                    raise RefusedError(message, hint=hint)
                 try:
                     fd = os.open(name, OPEN_DIRECTORY, dir_fd=frame.fd)
                 except OSError as error:
@@ -188,7 +207,8 @@ class Walk:
     def _scan(self, frame: _Frame) -> Generator[tuple[Kind, int, str], None, None]:
         try:
             with os.scandir(frame.fd) as entries:
-                for entry in entries:
+                found = sorted(entries, key=_bytes) if self._ordered else entries
+                for entry in found:
                     if entry.is_file(follow_symlinks=False):
                         yield Kind.FILE, frame.fd, entry.name
                     elif entry.is_symlink():
@@ -199,8 +219,19 @@ class Walk:
                     else:
                         mode = entry.stat(follow_symlinks=False).st_mode
                         raise refuse_special(mode, self.path(entry.name))
+                if self._ordered:
+                    frame.todo.reverse()  # they are taken from the end
         except OSError as error:
             raise from_oserror(error, f"reading {shown(self.path('.'))}") from None
+
+
+def _bytes(entry: os.DirEntry[str]) -> bytes:
+    return os.fsencode(entry.name)
+
+
+def wanted_attribute(name: str) -> bool:
+    """Whether an extended attribute of a source is kept: ``user.*``, but not an overlay's."""
+    return name.startswith("user.") and not name.startswith("user.overlay.")
 
 
 def changed(path: str) -> RefusedError:
@@ -264,7 +295,7 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
     :raises RefusedError: for what cannot be copied, and for a directory over a file or a file
         over a directory.
     """
-    walk = Walk(root_fd, label, limits.depth)
+    walk = Walk(root_fd, label, limits.depth, table=limits.table)
     total = Measure(entries=1)
     bases: list[int | None] = []
     flag = flagged.match
@@ -322,7 +353,14 @@ def measure_file(name: str, dir_fd: int, label: str, limits: Limits) -> Measure:
     return total
 
 
-def note_flagged(total: Measure, path: str) -> None:
+class Flagged(Protocol):
+    """Names that policy flags, the first of them at least, and how many there are."""
+
+    flagged: list[str]
+    flagged_count: int
+
+
+def note_flagged(total: Flagged, path: str) -> None:
     """Note that policy flags *path*; beyond a thousand they are only counted."""
     total.flagged_count += 1
     if len(total.flagged) < _MAX_FLAGGED:
@@ -332,7 +370,7 @@ def note_flagged(total: Measure, path: str) -> None:
 def _count(total: Measure, kind: Kind, name: str, dir_fd: int) -> None:
     facts = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     if kind is Kind.SYMLINK:
-        if facts.st_size >= _INLINE_LINK:
+        if facts.st_size >= INLINE_LINK:
             total.size += PAGE
         return
     if facts.st_nlink > 1:
@@ -346,7 +384,7 @@ def _count(total: Measure, kind: Kind, name: str, dir_fd: int) -> None:
 def too_many(label: str, limits: Limits) -> SpaceError:
     """Return the error for a source with too many entries."""
     message = f"{shown(label)} holds more than {limits.entries} entries"
-    return SpaceError(message, hint="limits.source_entries in the configuration")
+    return SpaceError(message, hint=f"{limits.table}.source_entries in the configuration")
 
 
 def check_size(total: Measure, label: str, limits: Limits) -> None:
@@ -356,4 +394,4 @@ def check_size(total: Measure, label: str, limits: Limits) -> None:
             f"{shown(label)} holds {human_size(total.size)};"
             f" a source may have {human_size(limits.size)}"
         )
-        raise SpaceError(message, hint="limits.source_size in the configuration")
+        raise SpaceError(message, hint=f"{limits.table}.source_size in the configuration")

@@ -335,14 +335,19 @@ def test_package_holds_the_program_and_nothing_of_its_development(
         "usr/bin/overlayd",
         "usr/lib/overlayd/overlayd.toml",
         "usr/lib/systemd/system/overlayd-soft-reboot.service",
+        "usr/lib/systemd/system/overlayd.service",
+        "usr/lib/tmpfiles.d/overlayd.conf",
+        "usr/share/dbus-1/system-services/org.projectatomic.aptostree.Overlay1.service",
+        "usr/share/dbus-1/system.d/org.projectatomic.aptostree.Overlay1.conf",
+        "usr/share/polkit-1/actions/org.projectatomic.aptostree.usroverlay.policy",
         "usr/lib/systemd/system/soft-reboot.target.wants/overlayd-soft-reboot.service",
         "usr/share/bash-completion/completions/overlayd",
         "usr/share/fish/vendor_completions.d/overlayd.fish",
-        "usr/share/man/man8/overlayd.8.gz",
+        *(f"usr/share/man/man{p.suffix[1:]}/{p.name}.gz" for p in ROOT.glob("data/man/*")),
         "usr/share/zsh/vendor-completions/_overlayd",
         *(
             f"usr/share/doc/overlayd/{name}"
-            for name in ("ARCHITECTURE.md", "README.md", "changelog.gz", "copyright")
+            for name in ("ARCHITECTURE.md", "README.md", "SECURITY.md", "changelog.gz", "copyright")
         ),
         *(f"usr/share/doc/overlayd/docs/{path.name}" for path in ROOT.glob("docs/*.md")),
     }

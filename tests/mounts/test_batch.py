@@ -29,7 +29,7 @@ from tests.mounts.conftest import COMMAND, PLAY, ROOT, RUN, SOURCES, defaults, s
 from tests.mounts.processes import child, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from overlayd.executor import Operation
     from tests.mounts.conftest import World
@@ -59,10 +59,17 @@ def prepare(world: World, *names: str) -> None:
         world.base(name, FILES)
 
 
+def apply_all(
+    requests: Sequence[Request], manager: Callable[[], Manager], *, jobs: int, atomic: bool
+) -> list[batch.Outcome]:
+    whole = manager if atomic else None
+    return batch.run(requests, manager, Progress(), jobs=jobs, atomic=whole)
+
+
 def run(
     world: World, requests: Sequence[Request], *, atomic: bool = False, jobs: int = 4
 ) -> list[batch.Outcome]:
-    return batch.run(requests, world.manager, Progress(), jobs=jobs, atomic=atomic)
+    return apply_all(requests, world.manager, jobs=jobs, atomic=atomic)
 
 
 def requests(*names: str) -> list[Request]:
@@ -103,7 +110,7 @@ def test_sources_are_copied_at_the_same_time(world: World, *, atomic: bool) -> N
     def manager() -> Manager:
         return Manager(defaults, warn=world.warnings.append, trace=trace)
 
-    outcomes = batch.run(requests("one", "two"), manager, Progress(), jobs=2, atomic=atomic)
+    outcomes = apply_all(requests("one", "two"), manager, jobs=2, atomic=atomic)
     assert codes(outcomes) == ["done", "done"]
 
 
@@ -154,7 +161,7 @@ def test_atomic_shows_nothing_before_everything_is_copied(world: World) -> None:
     def manager() -> Manager:
         return Manager(defaults, warn=world.warnings.append, trace=trace)
 
-    outcomes = batch.run(requests(*names), manager, Progress(), jobs=2, atomic=True)
+    outcomes = apply_all(requests(*names), manager, jobs=2, atomic=True)
     assert codes(outcomes) == ["done"] * 3
     assert len(seen) == 9
     assert [shown for _, shown in seen if shown] == []
@@ -176,7 +183,7 @@ def test_atomic_undoes_what_it_had_attached_when_a_later_attach_fails(world: Wor
         return Manager(defaults, warn=world.warnings.append, trace=trace)
 
     # Somebody who looked into the first in the moment it was there does not keep it.
-    outcomes = batch.run(requests(*names), manager, Progress(), jobs=1, atomic=True)
+    outcomes = apply_all(requests(*names), manager, jobs=1, atomic=True)
     assert attached[:5] == ["before", "after", "before", "after", "before"]
     assert all(o.error is not None and o.overlay is None for o in outcomes)
     worst = batch.worst(outcomes)
@@ -443,12 +450,15 @@ def test_interrupted_between_copying_and_showing_atomic_leaves_nothing(world: Wo
                 progress.stop()
             passed += 1
 
+        def manager() -> Manager:
+            return Manager(defaults, warn=world.warnings.append, trace=trace)
+
         outcomes = batch.run(
             requests(*names),
-            lambda: Manager(defaults, warn=world.warnings.append, trace=trace),
+            manager,
             progress,
             jobs=1,
-            atomic=True,
+            atomic=manager,
         )
         if codes(outcomes) == ["done"] * 3:
             assert passed <= point + 2

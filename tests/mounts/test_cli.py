@@ -161,12 +161,21 @@ def test_exit_code_6_is_for_what_is_busy(world: World) -> None:
         assert_error(run("remove", "fix", code=6), "in use", "--lazy")
 
 
-@pytest.mark.parametrize("command", ["list", "remove fix", "apply two /run /usr/src/two"])
-def test_exit_code_7_is_for_users_other_than_root(world: World, command: str) -> None:
+@pytest.mark.parametrize("option", ["", "--allow-other --preserve-owner"])
+def test_exit_code_7_is_for_what_only_root_may(world: World, option: str) -> None:
+    base = applied(world)
+    done = as_nobody(*f"apply two /run /usr/src/two {option}".split())
+    assert_error(done, "root", hint=not option)
+    assert done.returncode == 7
+    assert (base / "a").read_text() == "new a"
+
+
+@pytest.mark.parametrize("command", ["list", "remove fix", "history", "status --limits"])
+def test_exit_code_10_is_for_users_when_there_is_no_bus(world: World, command: str) -> None:
     base = applied(world)
     done = as_nobody(*command.split())
-    assert_error(done, "overlayd needs root", "sudo")
-    assert done.returncode == 7
+    assert_error(done, "the system bus cannot be reached", "only root can")
+    assert done.returncode == 10
     assert (base / "a").read_text() == "new a"
 
 
@@ -298,7 +307,13 @@ def test_json_of_every_command_is_the_overlay_as_documented(world: World) -> Non
         "deployment": None,
     }
     (layer,) = cast("list[dict[str, object]]", made["layers"])
-    assert layer == {"version": 1, "source": str(source), "entries": 4, "size_bytes": 8192}
+    assert layer == {
+        "version": 1,
+        "source": str(source),
+        "entries": 4,
+        "size_bytes": 8192,
+        "digest": None,
+    }
     storage = cast("dict[str, int]", made["storage"])
     assert storage["size_bytes"] == 64 << 10
     assert 0 < storage["used_inodes"] < storage["inodes"]

@@ -52,7 +52,7 @@ def test_hundreds_of_overlays_and_what_they_cost_process_1(
     )
     guest.machine.copy_in(tables.encode(), "/run/many.toml")
     before = _cost(guest)
-    applied = guest.overlayd("batch", "/run/many.toml", timeout=300)
+    applied = guest.overlayd("batch", "/run/many.toml", timeout=1500)
     try:
         assert len(applied.out.splitlines()) == count
         seen = guest.sh('for t; do cat "$t/overlayd-was-here"; done | grep -c yes', *targets)
@@ -67,7 +67,7 @@ def test_hundreds_of_overlays_and_what_they_cost_process_1(
         # Unmounted overlays are lost, and cleanup takes those. umount(8) would read all of the
         # mount table for each.
         guest.machine.run(["python3", "-c", _UNMOUNT, *targets])
-        cleaned = guest.overlayd("cleanup", timeout=300)
+        cleaned = guest.overlayd("cleanup", timeout=1500)
     assert len(cleaned.out.splitlines()) == count - 1
     after = guest.sh(_AFTER, check=False, timeout=120)
     assert int(after) <= 1, after  # the stage

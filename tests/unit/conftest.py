@@ -16,7 +16,7 @@ import pytest
 from hypothesis import configuration
 from hypothesis import strategies as st
 
-from overlayd import config, layers, walker
+from overlayd import config, layers, walker, writer
 from overlayd.model import Layer, Options, Overlay, Phase, Record, Scope, State, Storage, Tree
 from overlayd.mountinfo import Mount
 from overlayd.progress import Progress
@@ -165,13 +165,8 @@ def copy(  # noqa: PLR0913  # what a copy can be given
     dest.mkdir()
     counts = progress or Progress()
     with opened(source) as source_fd, opened(dest) as dest_fd, opened(base) as base_fd:
-        copier = layers.Copier(
-            label=str(source),
-            limits=limits,
-            preserve_owner=preserve_owner,
-            progress=counts,
-            dest_root=dest_fd,
-        )
+        into = writer.Writer(str(source), limits, dest_fd)
+        copier = layers.Copier(into, preserve_owner, counts)
         copier.tree(source_fd, None if base is None else base_fd)
     return counts
 

@@ -24,6 +24,7 @@ DOCUMENTED = {
     "no-permission": 7,
     "space": 8,
     "kernel": 9,
+    "no-service": 10,
     "interrupted": 130,
 }
 

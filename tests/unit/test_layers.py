@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overlayd import layers, walker
+from overlayd import layers, walker, writer
 from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, SpaceError
 from overlayd.progress import Progress
 from tests.unit.conftest import (
@@ -50,6 +50,11 @@ DEFAULT_ACL = "system.posix_acl_default"
 SOMEBODY = 65533
 OLD = -(10**9) * 1000 - 1
 """A time before 1970, in nanoseconds."""
+
+
+def copier_of(source: Path, dest: int) -> layers.Copier:
+    into = writer.Writer(str(source), WIDE, dest)
+    return layers.Copier(into, preserve_owner=False, progress=Progress())
 
 
 @pytest.fixture
@@ -308,8 +313,8 @@ def test_umask_has_no_effect(source: Path, dest: Path) -> None:
         dest.mkdir()
         dest.chmod(0o700)
         with opened(source) as source_fd, opened(dest) as dest_fd:
-            layers.Copier(str(source), WIDE, False, Progress(), dest_fd).tree(source_fd, None)  # noqa: FBT003
-            os.close(layers.make_directory(dest_fd, "made", source_fd))
+            copier_of(source, dest_fd).tree(source_fd, None)
+            os.close(writer.make_directory(dest_fd, "made", source_fd))
     finally:
         os.umask(before)
     assert [mode(dest / name) for name in ("d", "f", "d/x")] == [0o755, 0o666, 0o777]
@@ -1030,7 +1035,8 @@ def single(source: Path, dest: Path, name: str, limits: walker.Limits = WIDE) ->
     dest.mkdir()
     progress = Progress()
     with opened(source) as source_fd, opened(dest) as dest_fd:
-        copier = layers.Copier(f"{source}/{name}", limits, False, progress, dest_fd)  # noqa: FBT003
+        into = writer.Writer(f"{source}/{name}", limits, dest_fd)
+        copier = layers.Copier(into, preserve_owner=False, progress=progress)
         copier.single_file(source_fd, name, dest_fd, "renamed")
     return progress
 

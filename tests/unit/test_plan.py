@@ -43,8 +43,7 @@ MEASURE = Measure(entries=40, size=81920)
 IDENTITY = plan.Identity(
     uuid=UUID,
     boot_id=BOOT_ID,
-    owner=0,
-    session_id=None,
+    owner=plan.Owner(0, None),
     created_at="2024-05-06T07:08:09Z",
     deployment=None,
 )

@@ -34,7 +34,15 @@ def test_overlay_object_has_exactly_the_documented_keys() -> None:
         "created_at": "2024-05-06T07:08:09Z",
         "mount_point": "/usr/share/app",
         "mount_id": 77,
-        "layers": [{"version": 1, "source": "/root/app", "entries": 3, "size_bytes": 8192}],
+        "layers": [
+            {
+                "version": 1,
+                "source": "/root/app",
+                "entries": 3,
+                "size_bytes": 8192,
+                "digest": None,
+            }
+        ],
         "options": {"read_only": False, "allow_other": False, "default_permissions": False},
         "storage": {
             "size_bytes": 64 << 20,
