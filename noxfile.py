@@ -16,7 +16,7 @@ from harness import host, userland  # noqa: E402  # the standard library is all 
 from harness.errors import HarnessError  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "unit", "mounts", "kernels", "system", "harness"]
+nox.options.sessions = ["lint", "unit", "mounts", "bus", "kernels", "system", "harness"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -72,6 +72,16 @@ def mounts(session: nox.Session) -> None:
         session.skip("needs root, to mount overlays in a mount namespace of its own")
     have(session, {"unshare": "util-linux", "mount": "mount", "setcap": "libcap2-bin"})
     run_tests(session, "tests/mounts")
+
+
+@nox.session
+def bus(session: nox.Session) -> None:
+    """Test the service with a real bus and polkit, as users; needs root."""
+    if os.geteuid() != 0:
+        session.skip("needs root, to be several users in a mount namespace of its own")
+    polkitd = "/usr/lib/polkit-1/polkitd"
+    have(session, {"dbus-daemon": "dbus-daemon", "busctl": "systemd", polkitd: "polkitd"})
+    run_tests(session, "tests/bus")
 
 
 @nox.session
