@@ -130,7 +130,10 @@ def test_service_ends_when_nobody_calls_and_overlays_outlive_it(permitted: Guest
     try:
         made = apply_as_alice(permitted)
         permitted.sh(
-            f"for _ in $(seq 300); do systemctl -q is-active {UNIT} || break; sleep 0.2; done"
+            f"""
+            state() {{ systemctl show --property=ActiveState --value {UNIT}; }}
+            for _ in $(seq 300); do [ "$(state)" != inactive ] || break; sleep 0.2; done
+            """
         )
         assert permitted.sh(f"systemctl show -p ActiveState,Result,NRestarts {UNIT}") == (
             "Result=success\nNRestarts=0\nActiveState=inactive"
