@@ -303,7 +303,7 @@ def test_build_by_hand_leaves_the_tree_as_it_was(deb: Path, tmp_path: Path) -> N
     tree = tmp_path / "tree"
     for name in ("overlayd", "data", "docs", "debian", "tests/unit"):
         shutil.copytree(ROOT / name, tree / name)
-    for name in ("ARCHITECTURE.md", "LICENSE", "README.md", "pyproject.toml"):
+    for name in ("ARCHITECTURE.md", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tree)
     for cache in tree.rglob("__pycache__"):
         shutil.rmtree(cache)
@@ -366,6 +366,7 @@ def test_package_needs_what_the_project_says_it_needs(deb: Path) -> None:
     listing = subprocess.run(field, env=DEBIAN, check=True, capture_output=True, text=True).stdout
     assert {item.split()[0] for item in listing.split(", ")} == {
         "python3-click",
+        "python3-jeepney",
         "python3-tomli-w",
         "python3:any",
     }
