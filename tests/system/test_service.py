@@ -61,6 +61,7 @@ def pid_of_service(guest: Guest) -> str:
     return guest.sh(f"systemctl show --property=MainPID --value {UNIT}")
 
 
+@pytest.mark.once
 def test_user_applies_with_the_administrator_s_password_and_takes_it_back_alone(
     hers: Guest,
 ) -> None:
@@ -116,6 +117,7 @@ def test_service_runs_in_the_host_s_mount_namespace_and_is_confined(hers: Guest)
     assert float(match[1]) <= 4.8, report
 
 
+@pytest.mark.once
 def test_service_ends_when_nobody_calls_and_overlays_outlive_it(permitted: Guest) -> None:
     drop_in = f"/run/systemd/system/{UNIT}.d"
     permitted.sh(
@@ -145,6 +147,7 @@ def test_service_ends_when_nobody_calls_and_overlays_outlive_it(permitted: Guest
         permitted.sh(f"rm -r {drop_in}; systemctl daemon-reload; systemctl stop {UNIT}")
 
 
+@pytest.mark.once
 @pytest.mark.allow_findings("overlayd.service", "the test kills it")
 def test_service_that_is_killed_leaves_overlays_alone_and_comes_back(
     permitted: Guest,
