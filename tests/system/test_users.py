@@ -24,7 +24,8 @@ def test_ordinary_users_see_what_there_is_and_change_nothing(guest: Guest) -> No
     said = guest.sh(
         f"""
         for command in "list" "status theirs" "status --limits" "history" "report" "dump" \
-            "apply mine {source} {BASE}" "apply mine {source} /usr/share/doc --allow-other" \
+            "apply mine {source} {BASE}" \
+            "apply mine {source} /usr/share/doc --allow-other --size 1M" \
             "reset theirs" "remove theirs --lazy" "cleanup"
         do overlayd $command >/dev/null 2>&1; printf '%s ' "$?"; done
         overlayd status theirs --json
