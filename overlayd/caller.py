@@ -15,13 +15,13 @@ _UNSET: Final = 0xFFFFFFFF
 @cache
 def session_id() -> int | None:
     """Return the audit session of this process, which is also logind's; None outside of one."""
-    return _attested("/proc/self/sessionid")
+    return attested("sessionid")
 
 
 @cache
 def login_uid() -> int | None:
     """Return the uid that logged in, which stays through sudo and su; None outside of a login."""
-    return _attested("/proc/self/loginuid")
+    return attested("loginuid")
 
 
 @cache
@@ -31,9 +31,13 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def _attested(path: str) -> int | None:
+def attested(which: str, pid: int | str = "self") -> int | None:
+    """Return ``sessionid`` or ``loginuid`` of a process; None if it has none.
+
+    :raises OSError: if it cannot be read.
+    """
     try:
-        with open(path, encoding="ascii") as file:
+        with open(f"/proc/{pid}/{which}", encoding="ascii") as file:
             number = int(file.read())
     except FileNotFoundError:  # a kernel without audit
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jeepney import HeaderFields, MessageFlag
 
+from overlayd import caller
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,11 +29,9 @@ class Caller:
     def number(self, which: str) -> int | None:
         """Return what the kernel says of the caller's process: ``sessionid`` or ``loginuid``."""
         try:
-            with open(f"/proc/{self.pid}/{which}", encoding="ascii") as file:
-                value = int(file.read())
-        except (OSError, ValueError):
+            return caller.attested(which, self.pid)
+        except (OSError, ValueError):  # he is gone
             return None
-        return None if value == 0xFFFFFFFF else value  # noqa: PLR2004  # the kernel's "unset"
 
 
 @dataclass(slots=True)

@@ -86,17 +86,6 @@ class Common:
 
         return Manager(self.load, warn=self.warn, trace=self.trace)
 
-    def limits(self) -> dict[str, tuple[int | None, int]]:
-        """Return what the caller has of each limit, if it is counted, and how much he may.
-
-        :raises OverlaydError: if the service does not answer.
-        """
-        if os.geteuid() != 0:
-            return self._client().limits()
-        from overlayd.manager import Manager  # noqa: PLC0415
-
-        return Manager(self.load, warn=self.warn).limits()
-
     def _client(self) -> Client:
         try:
             from overlayd.client import Client  # noqa: PLC0415

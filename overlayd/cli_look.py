@@ -66,7 +66,7 @@ def status(common: Common, *, name: str | None, limits: bool) -> None:
         overlay = common.observer().status(name)
         common.show(overlay, render.overlay_details(overlay))
         return
-    found = common.limits()
+    found = common.manager().limits()
     if common.json:
         click.echo(render.as_json({k: {"used": u, "limit": m} for k, (u, m) in found.items()}))
     else:

@@ -85,8 +85,7 @@ class Client:
         """
         (found,) = self._call("Limits", "", ())
         assert isinstance(found, dict)  # noqa: S101  # by its signature
-        nothing = 0xFFFFFFFFFFFFFFFF
-        return {k: (None if u == nothing else u, limit) for k, (u, limit) in found.items()}
+        return wire.limits_from_wire(found)
 
     def history(
         self, *, name: str | None, uid: int | None, since: float | None, limit: int | None

@@ -33,9 +33,8 @@ from overlayd.lines import Lines
 from overlayd.looks import Looks, with_uuid
 from overlayd.manager import Manager, User
 from overlayd.model import Options, Request, human_size, shown
-from overlayd.observer import Observer
 from overlayd.polkit import Action
-from overlayd.targets import Streamed
+from overlayd.targets import Streamed, moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -303,13 +302,13 @@ class Duties:
 
     # -- changes -------------------------------------------------------------------------------
 
-    def _meant(self, call: Call) -> Overlay:
+    @staticmethod
+    def _meant(call: Call, manager: Manager) -> Overlay:
         """Return the overlay that is called, or is named by the first argument."""
-        observer = Observer(warn=lambda _text: None)
         if (uuid := interface.uuid_of(call.path)) is None:
             call.facts["name"] = str(call.body[0])
-            return observer.status(str(call.body[0]))
-        return with_uuid(observer, uuid)
+            return manager.status(str(call.body[0]))
+        return with_uuid(manager, uuid)
 
     def _permit_change(self, call: Call, overlay: Overlay, verb: str) -> None:
         record = overlay.record
@@ -335,21 +334,21 @@ class Duties:
         call.facts["source"] = record.source
 
     def _reset(self, call: Call) -> Result:
-        overlay = self._meant(call)
+        manager = self._manager()
+        overlay = self._meant(call, manager)
         self._permit_change(call, overlay, "reset")
         version = call.body[-1]
         assert isinstance(version, int)  # noqa: S101  # by its signature
         record = overlay.record
-        done = self._manager().reset(record.name, version, call.progress, uuid=record.uuid)
+        done = manager.reset(record.name, version, call.progress, uuid=record.uuid)
         return (wire.to_wire(done, full=True),)
 
     def _remove(self, call: Call) -> Result:
-        overlay = self._meant(call)
+        manager = self._manager()
+        overlay = self._meant(call, manager)
         self._permit_change(call, overlay, "remove")
         record, lazy = overlay.record, bool(call.body[-1])
-        done = self._manager().remove(
-            record.name, lazy=lazy, progress=call.progress, uuid=record.uuid
-        )
+        done = manager.remove(record.name, lazy=lazy, progress=call.progress, uuid=record.uuid)
         return (wire.to_wire(done, full=True),)
 
     def _cleanup(self, call: Call) -> Result:
@@ -405,8 +404,7 @@ def _check_same(request: Request, asked: str, found: str) -> None:
     :raises BusyError: saying so.
     """
     if bool(asked) != bool(found):
-        message = f"TARGET {shown(request.target)} changed while it was looked at"
-        raise BusyError(message, hint="try again")
+        raise moved(request.target)
 
 
 def _details(request: Request, uid: int, critical: str, covered: str) -> dict[str, str]:

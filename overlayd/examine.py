@@ -130,9 +130,7 @@ def _measure(  # noqa: PLR0913, PLR0917  # one question, all of it needed
     measure = walker.measure_file(source.file, source.fd, request.source, limits)
     if flagged.match(where.prefix[-1]):
         walker.note_flagged(measure, request.source)
-    if walker.is_directory(place.base_fd, where.prefix[0]):
-        inner = f"{where.mount_point}/{where.prefix[0]}"
-        raise walker.conflict(request.source, inner, base_is_directory=True)
+    walker.check_file_over(request.source, place.base_fd, where.prefix[0], where.mount_point)
     return measure
 
 

@@ -116,9 +116,7 @@ class Looks:
         return may
 
     def _limits_of(self, call: Call) -> Result:
-        limits = self._manager().limits(call.caller.uid)
-        nothing = 0xFFFFFFFFFFFFFFFF
-        return ({k: (nothing if u is None else u, limit) for k, (u, limit) in limits.items()},)
+        return (wire.limits_to_wire(self._manager().limits(call.caller.uid)),)
 
     def _history(self, call: Call) -> Result:
         """Return what was attempted; other people's as an outline."""

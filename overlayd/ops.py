@@ -16,7 +16,7 @@ from overlayd.executor import Step
 from overlayd.model import USR, Phase, Record, SourceKind, Tree, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.targets import OpenSource, Streamed
-from overlayd.walker import OPEN_DIRECTORY, Limits, conflict, is_directory
+from overlayd.walker import OPEN_DIRECTORY, Limits, check_file_over
 
 if TYPE_CHECKING:
     from overlayd.executor import Run
@@ -111,9 +111,8 @@ class FillLayer(Step):
         folders = self.prefix
         if source.kind is SourceKind.FILE:
             folders = self.prefix[:-1]
-            if is_directory(place.base_fd, self.prefix[0]):
-                over = f"{place.place.mount_point}/{self.prefix[0]}"
-                raise conflict(self.source, over, base_is_directory=True)
+            point = place.place.mount_point
+            check_file_over(self.source, place.base_fd, self.prefix[0], point)
         fd = os.dup(tree)
         try:
             for name in folders:

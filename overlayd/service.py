@@ -46,6 +46,7 @@ IDLE: Final = 60.0
 _ENDING: Final = 20.0
 """Seconds that changes under way have to stop and to be undone."""
 _LAST: Final = 5.0
+"""Seconds for those that are still under way after that."""
 _KNOWN: Final = 1024
 """Callers whose uid is remembered."""
 _MAX_UNKNOWN: Final = 64

@@ -237,10 +237,11 @@ def check_still_there(place: OpenPlace) -> None:
     except OSError:
         there = False
     if not there:
-        raise _moved(place.place.target)
+        raise moved(place.place.target)
 
 
-def _moved(path: str) -> BusyError:
+def moved(path: str) -> BusyError:
+    """Return the error for a target that is not what it was a moment ago."""
     message = f"TARGET {shown(path)} changed while it was looked at"
     return BusyError(message, hint="try again")
 
@@ -251,11 +252,7 @@ def check_attached(mount_point: str, mount_fd: int) -> None:
     :raises BusyError: saying so.
     """
     try:
-        usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            now = overlayfs.open_beneath(usr_fd, mount_point.removeprefix(USR).strip("/"))
-        finally:
-            os.close(usr_fd)
+        now = _open_now(mount_point)
         try:
             there = sys.statx(now).mnt_id == sys.statx(mount_fd).mnt_id
         finally:
@@ -263,7 +260,7 @@ def check_attached(mount_point: str, mount_fd: int) -> None:
     except OSError:
         there = False
     if not there:
-        raise _moved(mount_point)
+        raise moved(mount_point)
 
 
 def _still_there(place: OpenPlace) -> bool:
@@ -294,9 +291,14 @@ def open_parent(mount_point: str) -> int:
     folder = os.path.dirname(mount_point)
     if folder == "/":
         return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _open_now(folder)
+
+
+def _open_now(path: str) -> int:
+    """Open what *path*, under /usr, leads to now, without links."""
     usr_fd = os.open(USR, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return overlayfs.open_beneath(usr_fd, folder.removeprefix(USR).strip("/"))
+        return overlayfs.open_beneath(usr_fd, path.removeprefix(USR).strip("/"))
     finally:
         os.close(usr_fd)
 

@@ -247,6 +247,15 @@ def conflict(path: str, base_path: str, *, base_is_directory: bool) -> RefusedEr
     return RefusedError(message, hint="move it in the source, or choose a target beside it")
 
 
+def check_file_over(path: str, base_fd: int, name: str, base_label: str) -> None:
+    """Refuse the single file *path* as *name* over a directory of the base, called *base_label*.
+
+    :raises RefusedError: naming both.
+    """
+    if is_directory(base_fd, name):
+        raise conflict(path, f"{base_label}/{name}", base_is_directory=True)
+
+
 def open_base(base_fd: int | None, name: str) -> int | None:
     """Open the base's directory *name* beneath *base_fd*; None if there is no such name.
 

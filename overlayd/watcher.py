@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from overlayd.wire import Variant
 
 _LATER: Final = 0.5
+"""Seconds after which a record is written whose mount is there already."""
 _SETTLE: Final = 0.05
 """Seconds that a change may take: an apply changes the table several times."""
 

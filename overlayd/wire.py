@@ -30,6 +30,8 @@ MANAGER: Final = f"{NAME}.Manager"
 OVERLAY: Final = f"{NAME}.Overlay"
 ERROR: Final = f"{NAME}.Error."
 _HINT: Final = "\nhint: "
+_NOT_COUNTED: Final = 0xFFFFFFFFFFFFFFFF
+"""What stands for a limit of which nothing is counted."""
 _NONE: Final = 0xFFFFFFFF
 """What stands for no session."""
 
@@ -126,6 +128,16 @@ def from_wire(properties: Mapping[str, Variant]) -> Overlay:
         return Overlay(record, state, get("MountId", int, 0) or None, storage)
     except (TypeError, IndexError) as error:
         raise ValueError(str(error)) from None
+
+
+def limits_to_wire(limits: Mapping[str, tuple[int | None, int]]) -> dict[str, tuple[int, int]]:
+    """Return limits as they travel."""
+    return {k: (_NOT_COUNTED if used is None else used, most) for k, (used, most) in limits.items()}
+
+
+def limits_from_wire(found: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int | None, int]]:
+    """Return limits as they were before they travelled."""
+    return {k: (None if used == _NOT_COUNTED else used, most) for k, (used, most) in found.items()}
 
 
 _SEEN: Final = {"float": "d", "str": "s", "bool": "b", "int": "x", "int | None": "x"}
