@@ -11,9 +11,10 @@ closed, which costs as many syncs; and its index is a mapped file, of which a fu
 makes a SIGBUS, where everything else is an error that can be ignored.  A power cut takes the row
 that was being written, at most.  The rollback journal gets the mode of the database, 0600.
 
-Bounds: in bytes by ``max_page_count``, kept free ahead of it by dropping the oldest rows, and in
-age; both a few rows at a time within the transaction that adds one.  A damaged file is set aside;
-two of those are kept, each of which can be as large as the database may be.
+Bounds: in bytes by ``max_page_count``, kept free ahead of it by dropping the oldest rows of the
+user who has most, and in age; both a few rows at a time within the transaction that adds one.  A
+damaged file is set aside; two of those are kept, each of which can be as large as the database may
+be.
 """
 
 from __future__ import annotations
@@ -122,6 +123,15 @@ _TEXTS: Final = tuple(f.name for f in fields(Attempt) if f.type == "str")
 _MARKS: Final = ("CAST(? AS TEXT)" if key in _TEXTS else "?" for key in _COLUMNS)
 # As bytes: a path need not be UTF-8, and comes back as it was.
 _INSERT: Final = f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({', '.join(_MARKS)})"  # noqa: S608
+
+# Bytes of some rows, roughly; what is no text of its own takes some 200 of each.
+_LENGTHS: Final = (f"length(CAST({key} AS BLOB))" for key in _TEXTS if key in _BYTES)
+_LARGEST: Final = f"uid ORDER BY sum({' + '.join(_LENGTHS)} + 200) DESC LIMIT 1"
+_DROP_FROM_LARGEST: Final = f"""
+DELETE FROM attempts WHERE id IN (
+    SELECT id FROM attempts WHERE uid IS (SELECT uid FROM attempts GROUP BY {_LARGEST})
+    ORDER BY id LIMIT ?)
+"""  # noqa: S608
 
 
 def judged(error: OverlaydError | None) -> tuple[bool, str]:
@@ -281,7 +291,11 @@ def _limits(connection: sqlite3.Connection, given: Limits | None) -> Limits:
 
 
 def _prune(connection: sqlite3.Connection, oldest: float, most: int) -> None:
-    """Make room for one row within *most* pages, dropping what is from before *oldest*."""
+    """Make room for one row within *most* pages, dropping what is from before *oldest*.
+
+    What else has to go is the oldest of whoever takes most room: nobody can push out what others
+    did by doing much himself.
+    """
     run = connection.execute
     run(
         "DELETE FROM attempts WHERE id IN (SELECT id FROM attempts WHERE at < ?"
@@ -293,10 +307,7 @@ def _prune(connection: sqlite3.Connection, oldest: float, most: int) -> None:
         pages = number(connection, "page_count")
         if pages - number(connection, "freelist_count") <= most - room:
             break
-        run(
-            "DELETE FROM attempts WHERE id IN (SELECT id FROM attempts ORDER BY id LIMIT ?)",
-            (_DROP,),
-        )
+        run(_DROP_FROM_LARGEST, (_DROP,))
     for _ in range(_VACUUMED):
         # One at a time: Python takes a single step of a statement that gives no columns.
         if number(connection, "page_count") <= most or not number(connection, "freelist_count"):

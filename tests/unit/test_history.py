@@ -229,6 +229,23 @@ def test_largest_rows_fit_the_smallest_limit(database: Path) -> None:
     assert database.stat().st_size <= 256 << 10
 
 
+def test_user_who_does_much_pushes_out_what_is_his_own(database: Path) -> None:
+    limits = Limits(size=512 << 10)
+    others = [attempt(at=NOON + n, uid=uid) for n in range(100) for uid in (0, 7)]
+    assert put(database, *others, limits=limits)
+    for _ in range(40):
+        assert put(database, *[attempt(uid=8, message="x" * 900) for _ in range(50)], limits=limits)
+    # Rows of one's own that are small do not push out the large ones of others by their number.
+    large = [attempt(uid=9, message="x" * 900) for _ in range(30)]
+    assert put(database, *large, limits=limits)
+    for _ in range(40):
+        assert put(database, *[attempt(uid=8) for _ in range(50)], limits=limits)
+    assert [a for a in read(database) if a.uid in {0, 7}] == others
+    assert read(database, uid=9) == large
+    assert len(read(database, uid=8)) > 300
+    assert intact(database)
+
+
 # Others
 
 
