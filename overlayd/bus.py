@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A connection to the message bus for whoever answers calls.
 
-jeepney knows the format of messages, and how to log in; reading from the socket is done here, since
-callers are hostile: a message's size and signature are known before its body is looked at, and what
-is too large is read past instead of being kept.  One thread reads; any may send and call.
+jeepney knows the format of messages, and how to log in; reading from the socket is done here and in
+:mod:`overlayd.framing`, since callers are hostile.  One thread reads; any may send and call.
 """
 
 from __future__ import annotations
@@ -14,28 +13,26 @@ import fcntl
 import os
 import select
 import socket
-import struct
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
 from jeepney import DBusAddress, HeaderFields, MessageType, new_method_call
 from jeepney.bus import get_bus
 from jeepney.io.blocking import prep_socket
-from jeepney.low_level import Endianness, Header, Message, parse_signature
 
 from overlayd.errors import ServiceError
+from overlayd.framing import Framer, close
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_BODY: Final = 128 << 10
-"""Bytes of a message's body that are worth reading; nothing that is to be said here is longer."""
-_MAX_HEADER: Final = 16 << 10
-"""The same of a header.  The bus passes much longer ones, as paths of objects have no end."""
+    from jeepney.low_level import Message
+
+    from overlayd.framing import Incoming
+
 _MAX_FDS: Final = 253
 """As many as the kernel passes at once (SCM_MAX_FD)."""
 _MAX_WAITING: Final = 32 << 20
@@ -43,14 +40,9 @@ _MAX_WAITING: Final = 32 << 20
 _MAX_CAME: Final = 64
 """Messages that are read before those that came are looked at."""
 _CHUNK: Final = 64 << 10
-_FIXED: Final = 16
-"""Bytes of a message that tell its length."""
 BUS: Final = DBusAddress(
     "/org/freedesktop/DBus", bus_name="org.freedesktop.DBus", interface="org.freedesktop.DBus"
 )
-
-
-_NOTHING: Final = Header(Endianness.little, MessageType.signal, 0, 1, 0, 0, {})
 
 
 class GoneError(Exception):
@@ -64,45 +56,6 @@ class CallError(Exception):
         """Keep both."""
         super().__init__(message)
         self.name = name
-
-
-@dataclass(slots=True)
-class Incoming:
-    """A message with its body not looked at yet; *fds* are open, and whoever gets it closes them.
-
-    ``length`` is the body's; a body longer than ``MAX_BODY`` is empty.
-    """
-
-    header: Header
-    body: bytes
-    length: int
-    fds: list[int]
-
-    def field(self, which: HeaderFields) -> str:
-        """Return a text of the header; empty if it is not there."""
-        value = self.header.fields.get(which, "")
-        return value if isinstance(value, str) else ""
-
-    def parse(self) -> tuple[object, ...]:
-        """Return what the body holds; descriptors as their numbers.
-
-        :raises ValueError: if it is none of its signature.
-        """
-        signature = self.field(HeaderFields.signature)
-        if not signature:
-            return ()
-        kind = parse_signature(list(f"({signature})"))
-        try:
-            value, _ = kind.parse_data(self.body, 0, self.header.endianness, fds=self.fds)
-        except (AssertionError, IndexError, KeyError, struct.error, RecursionError) as error:
-            raise ValueError(str(error)) from None
-        return tuple(value)
-
-    def close(self) -> None:
-        """Close the descriptors that came with it."""
-        for fd in self.fds:
-            os.close(fd)
-        self.fds = []
 
 
 class _Reply:
@@ -132,9 +85,7 @@ class Connection:
         self._waiting = 0
         self._lock = threading.Lock()
         self._replies: dict[int, _Reply | Callable[[Incoming | None], None]] = {}
-        self._data = bytearray()
-        self._fds: list[int] = []
-        self._skip = 0
+        self._framer = Framer()
         self._wake_out, self._wake_in = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.settimeout(0.0)
@@ -274,10 +225,10 @@ class Connection:
             self._flush()
         came: list[Incoming] = []
         if ready.get(self.socket.fileno(), 0) & ~select.POLLOUT:
-            while self._read() and len(came) < _MAX_CAME:
-                while (message := self._next()) is not None:
-                    if not self._is_reply(message):
-                        came.append(message)
+            while len(came) < _MAX_CAME and (some := self._read()) is not None:
+                came += [message for message in some if not self._is_reply(message)]
+                if self._gone:
+                    break
         if self._gone:
             self._drop_all()
             for message in came:
@@ -285,72 +236,29 @@ class Connection:
             raise GoneError("the connection to the bus is closed")
         return came
 
-    def _read(self) -> bool:
-        """Read once; whether there was something.
-
-        Not beyond one message: descriptors come with the first byte of theirs.
-        """
-        size = self._wanted()
+    def _read(self) -> list[Incoming] | None:
+        """Read once and return the messages that are whole now; None if there was nothing."""
         try:
             data, extra, _, _ = self.socket.recvmsg(
-                min(size, _CHUNK), socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+                _CHUNK, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
-            return False
+            return None
         except OSError:
             self._gone = True
-            return False
+            return None
+        fds = array.array("i")
         for level, kind, value in extra:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                numbers = array.array("i")
-                numbers.frombytes(value[: len(value) - len(value) % numbers.itemsize])
-                self._fds += numbers
+                fds.frombytes(value[: len(value) - len(value) % fds.itemsize])
         # Descriptors for which there was no room are missed by whoever looks for them.
-        if not data:
-            self._gone = True
-        elif self._skip:
-            self._skip -= len(data)
-        else:
-            self._data += data
-            if len(self._data) == _FIXED:
-                head, body = _lengths(self._data)
-                if head > _MAX_HEADER:
-                    self._pass_over(head + body - _FIXED)
-        return bool(data)
-
-    def _pass_over(self, size: int) -> None:
-        """Forget the message that has begun, and the *size* bytes that there are still of it."""
-        self._data.clear()
-        self._skip = size
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
-
-    def _wanted(self) -> int:
-        """Return how many bytes there are to read for the message that has begun."""
-        if self._skip:
-            return self._skip
-        if len(self._data) < _FIXED:
-            return _FIXED - len(self._data)
-        head, body = _lengths(self._data)
-        return head + (body if body <= MAX_BODY else 0) - len(self._data)
-
-    def _next(self) -> Incoming | None:
-        if self._skip or len(self._data) < _FIXED:
-            return None
-        head, body = _lengths(self._data)
-        large = body > MAX_BODY
-        if len(self._data) < head + (0 if large else body):
-            return None
-        whole, self._data = bytes(self._data), bytearray()
-        self._skip = body if large else 0
-        fds, self._fds = self._fds, []
         try:
-            header, _ = Header.from_buffer(whole)
-        except ValueError:  # a type or a field that is not known: to be passed over, says D-Bus
-            Incoming(_NOTHING, b"", 0, fds).close()
-            return None
-        return Incoming(header, whole[head:], body, fds)
+            came = self._framer.feed(data, fds)
+        except ValueError:
+            came = []
+            self._gone = True
+        self._gone = self._gone or not data
+        return came
 
     def _is_reply(self, message: Incoming) -> bool:
         if message.header.message_type not in {MessageType.method_return, MessageType.error}:
@@ -381,20 +289,12 @@ class Connection:
         self._gone = True
         self._drop_all()
         with self._lock:
-            for fd in (*self._fds, *(fd for _, fds in self._outgoing for fd in fds)):
-                os.close(fd)
-            self._fds = []
+            for _, fds in self._outgoing:
+                close(fds)
             self._outgoing.clear()
+            self._framer.close()
         for end in (self.socket, self._wake_in, self._wake_out):
             end.close()
-
-
-def _lengths(data: bytearray) -> tuple[int, int]:
-    """Return the length of a message's header with its padding, and of its body, in bytes."""
-    order = "<" if data[:1] == b"l" else ">"
-    (body,) = struct.unpack_from(f"{order}I", data, 4)
-    (fields,) = struct.unpack_from(f"{order}I", data, 12)
-    return _FIXED + fields + -fields % 8, body
 
 
 def unwrap(message: Incoming) -> tuple[object, ...]:

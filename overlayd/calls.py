@@ -12,7 +12,7 @@ from overlayd import caller
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
-    from overlayd.bus import Incoming
+    from overlayd.framing import Incoming
     from overlayd.interface import Method
 
 

@@ -26,10 +26,11 @@ from jeepney import (
 )
 
 from overlayd import interface, wire
-from overlayd.bus import BUS, MAX_BODY, Connection, GoneError, Incoming, notify
+from overlayd.bus import BUS, Connection, GoneError, notify
 from overlayd.calls import Call, Caller
 from overlayd.duties import Duties
 from overlayd.errors import OverlaydError
+from overlayd.framing import MAX_BODY
 from overlayd.turns import Turns
 from overlayd.watcher import Watcher
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from jeepney.low_level import Message
 
+    from overlayd.framing import Incoming
     from overlayd.interface import Method
 
 
@@ -228,7 +230,8 @@ class Service:
             call.progress.check()
             call.body = call.message.parse()
             result = self._duties.do(call)
-            self._answer(call.message, new_method_return(call.message, call.method.gives, result))
+            if _awaited(call.message):
+                self._send(new_method_return(call.message, call.method.gives, result))
         except ValueError:
             self._refuse(call.message, "InvalidArgs", "the arguments make no sense")
         except OverlaydError as error:
@@ -246,17 +249,18 @@ class Service:
         call.caller.progress.discard(call.progress)
 
     def _fail(self, call: Call, error: OverlaydError) -> None:
-        name, text = wire.error_name(error), wire.error_text(error)
-        self._answer(call.message, new_error(call.message, name, "s", (text,)))
+        if _awaited(call.message):
+            name, text = wire.error_name(error), wire.error_text(error)
+            self._send(new_error(call.message, name, "s", (text,)))
 
     def _refuse(self, message: Incoming, name: str, text: str) -> None:
-        self._answer(message, new_error(message, _FAILED + name, "s", (text,)))
+        if _awaited(message):
+            self._send(new_error(message, _FAILED + name, "s", (text,)))
         message.close()
 
-    def _answer(self, message: Incoming, reply: Message) -> None:
-        if not message.header.flags & MessageFlag.no_reply_expected:
-            with contextlib.suppress(GoneError):
-                self._bus.send(reply)
+    def _send(self, reply: Message) -> None:
+        with contextlib.suppress(GoneError):
+            self._bus.send(reply)
 
     # -- callers that go -----------------------------------------------------------------------
 
@@ -279,6 +283,10 @@ class Service:
     def _stop_all(caller: Caller) -> None:
         for progress in [*caller.progress]:
             progress.stop()
+
+
+def _awaited(message: Incoming) -> bool:
+    return not message.header.flags & MessageFlag.no_reply_expected
 
 
 def _on_bus(name: str, signature: str, body: tuple[object, ...]) -> Message:

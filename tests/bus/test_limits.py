@@ -9,7 +9,10 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from jeepney import MessageFlag, new_method_call
+
 from overlayd import stream
+from overlayd.client import SERVICE
 from overlayd.manager import memory
 from overlayd.model import SourceKind
 from overlayd.stream import Entry, Header, Type
@@ -250,3 +253,46 @@ def storm(user: str, number: int, base: Path) -> None:
             for _ in range(100):
                 last = peer.send("Status", "s", ("carols",))
             peer.receive(last)
+
+
+def test_flood_of_calls_that_want_no_answer_keeps_nobody_waiting_for_long(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    service = bus.serve()
+    with Peer("carol") as carol:
+        assert not carol.apply("carols", base).error
+        children = []
+        for _ in range(2):
+            if not (pid := os.fork()):
+                try:
+                    flood("bob")
+                finally:
+                    os._exit(0)
+            children.append(pid)
+        waits = []
+        try:
+            ended = time.monotonic() + 4
+            while time.monotonic() < ended:
+                began = time.monotonic()
+                assert not carol.list(timeout=30).error
+                waits.append(time.monotonic() - began)
+                time.sleep(0.11)
+        finally:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        # What they sent last is still to be read; it has no place to pile up.
+        began = time.monotonic()
+        assert not carol.list(timeout=30).error
+        waits.append(time.monotonic() - began)
+    assert max(waits) < 2.0, sorted(waits)[-5:]
+    assert service.poll() is None
+
+
+def flood(user: str) -> None:
+    """Call as fast as the bus takes it, and want no answers."""
+    peer = Peer(user)
+    call = new_method_call(SERVICE, "Status", "s", ("carols",))
+    call.header.flags |= MessageFlag.no_reply_expected
+    many = b"".join(call.serialise(number) for number in range(1, 1001))
+    while True:
+        peer.connection.sock.sendall(many)
