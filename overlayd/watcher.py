@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from jeepney import DBusAddress
@@ -33,6 +34,15 @@ _LATER: Final = 0.5
 """Seconds after which a record is written whose mount is there already."""
 _SETTLE: Final = 0.05
 """Seconds that a change may take: an apply changes the table several times."""
+_NOT_TOLD: Final = ["Version", "MountId", "Storage"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An overlay as everybody may know it, and what tells that it is another tree (a reset)."""
+
+    told: dict[str, Variant]
+    tree: tuple[object, ...]
 
 
 class Watcher(threading.Thread):
@@ -42,7 +52,7 @@ class Watcher(threading.Thread):
         """Watch nothing before :meth:`start`."""
         super().__init__(name="watch", daemon=True)
         self._send = send
-        self._known: dict[str, dict[str, Variant]] = {}
+        self._known: dict[str, _Known] = {}
         self._end_out, self._end_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def close(self) -> None:
@@ -79,25 +89,30 @@ class Watcher(threading.Thread):
             os.close(table)
 
     @staticmethod
-    def _present(observer: Observer) -> dict[str, dict[str, Variant]]:
-        return {o.record.uuid: wire.to_wire(o, full=False) for o in observer.list()}
+    def _present(observer: Observer) -> dict[str, _Known]:
+        return {
+            o.record.uuid: _Known(wire.to_wire(o, full=False), (o.mount_id, o.record.tree))
+            for o in observer.list()
+        }
 
-    def _tell(self, present: dict[str, dict[str, Variant]]) -> None:
+    def _tell(self, present: dict[str, _Known]) -> None:
         before, self._known = self._known, present
         for uuid in before.keys() - present.keys():
-            name, path = before[uuid]["Name"][1], wire.path_of(uuid)
+            name, path = before[uuid].told["Name"][1], wire.path_of(uuid)
             self._signal(wire.PATH, wire.MANAGER, "OverlayRemoved", "os", (path, name))
             self._signal(wire.PATH, OBJECTS, "InterfacesRemoved", "oas", (path, [wire.OVERLAY]))
         for uuid, known in present.items():
             path = wire.path_of(uuid)
             if uuid not in before:
-                body = (path, *(known[key][1] for key in ("Name", "Target", "Owner")))
+                body = (path, *(known.told[key][1] for key in ("Name", "Target", "Owner")))
                 self._signal(wire.PATH, wire.MANAGER, "OverlayAdded", "ossu", body)
-                added = (path, {wire.OVERLAY: known})
+                added = (path, {wire.OVERLAY: known.told})
                 self._signal(wire.PATH, OBJECTS, "InterfacesAdded", "oa{sa{sv}}", added)
-            elif changed := {k: v for k, v in known.items() if before[uuid].get(k) != v}:
-                # What is not for everybody may have changed as well.
-                news = (wire.OVERLAY, changed, ["Version", "MountId", "Storage"])
+            elif known != before[uuid]:
+                told = before[uuid].told
+                changed = {k: v for k, v in known.told.items() if told.get(k) != v}
+                # What is not for everybody is asked for by those for whom it is.
+                news = (wire.OVERLAY, changed, _NOT_TOLD)
                 self._signal(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", news)
 
     def _signal(

@@ -199,6 +199,9 @@ def test_signals_tell_everybody_what_everybody_may_know(permitted: Guest) -> Non
             > /run/signals 2>/dev/null &
         sleep 3
         su alice -s /bin/sh -c 'cd /; overlayd apply hers {MINE} {BASE} --allow-other' >/dev/null
+        for _ in $(seq 50); do grep -q OverlayAdded /run/signals && break; sleep 0.2; done
+        su alice -s /bin/sh -c 'cd /; overlayd reset hers' > /dev/null
+        for _ in $(seq 50); do grep -q PropertiesChanged /run/signals && break; sleep 0.2; done
         su alice -s /bin/sh -c 'cd /; overlayd remove hers' > /dev/null
         for _ in $(seq 50); do grep -q OverlayRemoved /run/signals && break; sleep 0.2; done
         kill %1
@@ -207,7 +210,8 @@ def test_signals_tell_everybody_what_everybody_may_know(permitted: Guest) -> Non
         timeout=120,
     )
     members = [json.loads(line)["member"] for line in said.splitlines()]
-    assert set(members) >= {"OverlayAdded", "OverlayRemoved", "InterfacesAdded"}
+    told = {"OverlayAdded", "PropertiesChanged", "OverlayRemoved", "InterfacesAdded"}
+    assert set(members) >= told
     assert MINE not in said
 
 
