@@ -68,14 +68,14 @@ class Common:
         """
         if self.config is not None:
             self.load()
-        return Observer(warn=self.warn) if os.geteuid() == 0 else self._client()
+        return Observer(warn=self.warn) if os.geteuid() == 0 else self.client()
 
     def manager(self) -> Manager | Client:
         """Return what changes overlays; it takes a while to load.
 
         For root that is done by this process, for others by the service.
         """
-        return self.own_manager() if os.geteuid() == 0 else self._client()
+        return self.own_manager() if os.geteuid() == 0 else self.client()
 
     def own_manager(self) -> Manager:
         """Return what does it in this process.
@@ -86,7 +86,11 @@ class Common:
 
         return Manager(self.load, warn=self.warn, trace=self.trace)
 
-    def _client(self) -> Client:
+    def client(self) -> Client:
+        """Return what asks the service.
+
+        :raises ServiceError: if the library for that is not there.
+        """
         try:
             from overlayd.client import Client  # noqa: PLC0415
         except ModuleNotFoundError as error:
@@ -113,7 +117,7 @@ class Common:
         if self.config is not None:
             self.load()
         if os.geteuid() != 0:
-            return self._client().history(name=name, uid=uid, since=since, limit=limit)
+            return self.client().history(name=name, uid=uid, since=since, limit=limit)
         return history.read(name=name, uid=uid, since=since, limit=limit)
 
     @property

@@ -18,7 +18,7 @@ from overlayd.cli_common import (
     stateroot_option,
     uid_of,
 )
-from overlayd.errors import KernelError, NoPermissionError, OverlaydError
+from overlayd.errors import KernelError, OverlaydError, ServiceError
 
 
 @click.command("list", short_help="Show the overlays.")
@@ -118,11 +118,15 @@ def cleanup(common: Common, *, dry_run: bool) -> None:
 def doctor(common: Common) -> None:
     """Try what the kernel can do, look at limits and leftovers, and say what is wrong.
 
-    Exits with 0 only if overlayd would work.
+    For users other than root: whether there are the service and a polkit, and whether their
+    overlays show what they should.  Exits with 0 only if overlayd would work.
     """
     from overlayd import doctor as doctors  # noqa: PLC0415
 
-    report = doctors.examine(common.load)
+    if os.geteuid() == 0:
+        report = doctors.examine(common.load)
+    else:
+        report = doctors.examine_service(common.client, common.load)
     click.echo(render.as_json(report.as_object()) if common.json else report.as_text())
     if not report.ok:
-        sys.exit(KernelError.exit_code if os.geteuid() == 0 else NoPermissionError.exit_code)
+        sys.exit(KernelError.exit_code if os.geteuid() == 0 else ServiceError.exit_code)

@@ -26,7 +26,8 @@ from jeepney import (
 from jeepney.fds import FileDescriptor
 from jeepney.io.blocking import open_dbus_connection
 
-from overlayd import caller, examine, mountinfo, sender, wire
+from overlayd import caller, examine, mountinfo, polkit, sender, wire
+from overlayd.bus import BUS
 from overlayd.cleanup import Action
 from overlayd.errors import (
     NoPermissionError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from overlayd.walker import Measure
 
 SERVICE: Final = DBusAddress(wire.PATH, bus_name=wire.NAME, interface=wire.MANAGER)
+_PROPERTIES: Final = SERVICE.with_interface("org.freedesktop.DBus.Properties")
 _AGENT: Final = "/usr/bin/pkttyagent"
 _AGENT_PATIENCE: Final = 5.0
 """Seconds that the agent for a terminal has to be ready."""
@@ -77,6 +79,20 @@ class Client:
         """
         (found,) = self._call("Status", "s", (_text(name),))
         return _overlay(found)
+
+    def about(self) -> tuple[str, bool]:
+        """Return the service's version, and whether there is a polkit that it can ask.
+
+        :raises OverlaydError: what the service says, or that there is none.
+        """
+        (found,) = self._call("Get", "ss", (wire.MANAGER, "Version"), at=_PROPERTIES)
+        assert isinstance(found, tuple)  # noqa: S101  # a variant
+        (there,) = self._call("NameHasOwner", "s", (polkit.NAME,), at=BUS)
+        if not there:
+            (names,) = self._call("ListActivatableNames", "", (), at=BUS)
+            assert isinstance(names, list)  # noqa: S101  # by the bus's own interface
+            there = polkit.NAME in names
+        return str(found[1]), bool(there)
 
     def limits(self) -> dict[str, tuple[int | None, int]]:
         """Return what the caller has of each limit, if it is counted, and how much he may.
@@ -227,7 +243,7 @@ class Client:
         with _agent():
             return self._call(member, signature, body, progress, interactive=True)
 
-    def _call(  # what a call consists of
+    def _call(  # noqa: PLR0913  # what a call consists of
         self,
         member: str,
         signature: str,
@@ -235,12 +251,13 @@ class Client:
         progress: Progress | None = None,
         *,
         interactive: bool = False,
+        at: DBusAddress = SERVICE,
     ) -> tuple[object, ...]:
         """Call and wait for the answer.
 
         :raises OverlaydError: what the service says, or that there is none.
         """
-        call = new_method_call(SERVICE, member, signature, body)
+        call = new_method_call(at, member, signature, body)
         if interactive:
             call.header.flags |= MessageFlag.allow_interactive_authorization
         try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from overlayd import features, history, mountinfo, reconcile, state
+from overlayd import __version__, features, history, mountinfo, reconcile, state
 from overlayd.errors import OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import State, human_size, shown
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from overlayd.config import Config
+    from overlayd.model import Overlay
+    from overlayd.mountinfo import Table
 
 _NEEDED: Final = {
     "openat2": "Linux 5.6 or newer",
@@ -40,9 +42,10 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """What the doctor saw."""
+    """What the doctor saw; ``service`` and its version are what users other than root have."""
 
     kernel: str
+    service: str | None = None
     features: dict[str, str | None] = field(default_factory=dict)
     depth_left: int = 0
     limits: dict[str, str] = field(default_factory=dict)
@@ -59,6 +62,7 @@ class Report:
         return {
             "ok": self.ok,
             "kernel": self.kernel,
+            "service": self.service,
             "features": {name: reason is None for name, reason in self.features.items()},
             "depth_left": self.depth_left,
             "limits": self.limits,
@@ -72,9 +76,12 @@ class Report:
     def as_text(self) -> str:
         """Return the report for people."""
         rows = [("kernel", self.kernel)]
+        if self.service is not None:
+            rows.append(("service", self.service))
         for name, why in self.features.items():
             rows.append((name, "yes" if why is None else f"no: {why}"))
-        rows.append(("overlays that can be stacked at /usr", str(self.depth_left)))
+        if self.features:
+            rows.append(("overlays that can be stacked at /usr", str(self.depth_left)))
         rows += self.limits.items()
         rows.append(("configuration", ", ".join(self.config_files) or "defaults"))
         lines = [columns((f"{key}:", value) for key, value in rows), ""]
@@ -89,19 +96,58 @@ class Report:
         self.problems.append(Problem(text, hint, fatal))
 
 
+class Service(Protocol):
+    """The service as a user has it."""
+
+    def about(self) -> tuple[str, bool]:
+        """Return its version, and whether there is a polkit."""
+
+    def list(self) -> list[Overlay]:
+        """Return the overlays."""
+
+
 def examine(config: Callable[[], Config]) -> Report:
-    """Look at everything; never raises for what it finds."""
-    kernel = os.uname()
-    report = Report(f"{kernel.sysname} {kernel.release} {kernel.machine}")
-    if os.geteuid() != 0:
-        report.note("overlayd needs root", "run it with sudo", fatal=True)
-    else:
-        _features(report)
+    """Look at everything, as root; never raises for what it finds."""
+    report = _report()
+    _features(report)
     _config(report, config)
-    if os.geteuid() == 0:
-        _world(report)
-        _history(report)
+    _world(report)
+    _history(report)
     return report
+
+
+def examine_service(connect: Callable[[], Service], config: Callable[[], Config]) -> Report:
+    """Look at what a user can look at; never raises for what it finds."""
+    report = _report()
+    _config(report, config)
+    try:
+        service = connect()
+        report.service, has_polkit = service.about()
+        overlays = service.list()
+    except OverlaydError as error:
+        report.note(error.message, error.hint or "use sudo", fatal=True)
+        return report
+    if report.service != __version__:
+        report.note(
+            f"the service is of release {report.service}, and this command of {__version__}",
+            "systemctl stop overlayd.service: the next call starts the one that is installed",
+        )
+    if not has_polkit:
+        report.note(
+            "there is no polkit, so nobody can permit what you apply",
+            "install the package polkitd, or use sudo",
+            fatal=True,
+        )
+    table = mountinfo.read()
+    for overlay in overlays:
+        if overlay.record.owner == os.getuid():
+            _state(report, overlay, table)
+    return report
+
+
+def _report() -> Report:
+    kernel = os.uname()
+    return Report(f"{kernel.sysname} {kernel.release} {kernel.machine}")
 
 
 def _features(report: Report) -> None:
@@ -159,6 +205,22 @@ def _history(report: Report) -> None:
         report.note(f"history: {error.message}", error.hint or "see docs/history.md")
 
 
+def _state(report: Report, overlay: Overlay, table: Table) -> None:
+    """Say if an overlay does not show what it should."""
+    record = overlay.record
+    if overlay.state is State.LOST:
+        report.note(
+            f"{record.name}: its mount is gone from {shown(record.mount_point)}",
+            f"overlayd remove {record.name}",
+        )
+    elif overlay.state is State.COVERED:
+        by = ", ".join(shown(m.mount_point) for m in table.covering(record.mount_point))
+        report.note(
+            f"{record.name}: something is mounted over {shown(record.mount_point)}",
+            f"findmnt {by or shown(record.mount_point)}",
+        )
+
+
 def _world(report: Report) -> None:
     def warn(text: str) -> None:
         report.note(text, "'overlayd cleanup' deletes what is in quarantine")
@@ -173,17 +235,7 @@ def _world(report: Report) -> None:
     table = mountinfo.read()
     for overlay in overlays:
         record = overlay.record
-        if overlay.state is State.LOST:
-            report.note(
-                f"{record.name}: its mount is gone from {shown(record.mount_point)}",
-                f"overlayd remove {record.name}",
-            )
-        elif overlay.state is State.COVERED:
-            by = ", ".join(shown(m.mount_point) for m in table.covering(record.mount_point))
-            report.note(
-                f"{record.name}: something is mounted over {shown(record.mount_point)}",
-                f"findmnt {by or shown(record.mount_point)}",
-            )
+        _state(report, overlay, table)
         for part in state.missing_storage(record):
             report.note(
                 f"{record.name}: its storage {part} was unmounted; what needs it fails",

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from overlayd.bus import Connection
 
+NAME: Final = "org.freedesktop.PolicyKit1"
 AUTHORITY: Final = DBusAddress(
     "/org/freedesktop/PolicyKit1/Authority",
-    bus_name="org.freedesktop.PolicyKit1",
+    bus_name=NAME,
     interface="org.freedesktop.PolicyKit1.Authority",
 )
 _USUAL: Final = 25.0
