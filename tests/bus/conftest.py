@@ -29,8 +29,15 @@ from tests.mounts.processes import eventually
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-USERS: Final = {"root": 0, "alice": 7001, "bob": 7002, "carol": 7003}
-"""carol is an administrator.  alice's and bob's overlays are permitted by the rules below."""
+USERS: Final = {
+    "root": 0,
+    "alice": 7001,
+    "bob": 7002,
+    "carol": 7003,
+    "large": 3_000_000_000,
+    "last": 2**32 - 3,
+}
+"""carol is an administrator.  The others' overlays are permitted by the rules below."""
 _SOCKET: Final = "/run/dbus/system_bus_socket"
 _POLKITD: Final = "/usr/lib/polkit-1/polkitd"
 _TOLD: Final = Path("/run/told/log")

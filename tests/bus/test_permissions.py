@@ -6,6 +6,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import pytest
+
+from tests.bus.conftest import USERS
 from tests.bus.peer import ALLOW_OTHER, Peer, directory
 
 if TYPE_CHECKING:
@@ -161,6 +164,10 @@ def test_options_that_are_unknown_or_of_another_type_are_refused(bus: Bus) -> No
     wrong: list[dict[str, tuple[str, object]]] = [
         {"preserve-owner": ("b", True)},
         {"scope": ("s", "system")},
+        {"owner": ("u", 0)},
+        {"owner": ("u", 2**32 - 1)},
+        {"owner": ("u", USERS["bob"])},
+        {"uid": ("u", 0)},
         {"allow-other": ("s", "yes")},
         {"size": ("t", 0)},
         {"size": ("u", 4096)},
@@ -182,3 +189,24 @@ def test_options_that_are_unknown_or_of_another_type_are_refused(bus: Bus) -> No
             assert answer.error == "Refused", (target, answer)
         unchanged(bus, base)
         assert bus.told() == []
+
+
+@pytest.mark.parametrize("user", ["large", "last"])
+def test_user_with_a_uid_above_2_31_is_himself_and_nobody_else(bus: Bus, user: str) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    other = bus.base("other", {"motd": "base"})
+    bus.serve()
+    with Peer(user) as large, Peer("alice") as alice:
+        assert not alice.apply("hers", other).error
+        assert large.apply("no-way", base).error == "NoPermission"
+        for call in (large.reset, large.remove):
+            assert call("hers").error == "NoPermission"
+        answer = large.apply("its", base)
+        assert answer.properties(1)["Owner"] == USERS[user]
+        assert alice.remove("its").error == "NoPermission"
+        assert not large.reset("its").error
+        assert "Source" in large.list().listed()["its"]
+        assert not large.remove("its").error
+    rows = bus.json_as("root", "history", "its")
+    assert isinstance(rows, list)
+    assert rows[-1]["uid"] == USERS[user]
