@@ -16,6 +16,7 @@ from overlayd.walker import (
     extents,
     has_holes,
     open_file,
+    read_link,
     refuse_special,
     wanted_attribute,
 )
@@ -141,10 +142,7 @@ class Copier:
 
     def _symlink(self, source_dir: int, name: str) -> None:
         writer = self.writer
-        facts = os.stat(name, dir_fd=source_dir, follow_symlinks=False)
-        if not stat.S_ISLNK(facts.st_mode):
-            raise changed(writer.path())
-        text = os.readlink(name, dir_fd=source_dir)
+        facts, text = read_link(name, source_dir, writer.path())
         writer.symlink(name, text, facts.st_mtime_ns)
         if self.preserve_owner:
             dest = writer.directory

@@ -11,7 +11,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from overlayd import stream
-from overlayd.errors import RefusedError, from_oserror
+from overlayd.errors import RefusedError
 from overlayd.model import SourceKind, shown
 from overlayd.stream import ATTRIBUTES_MAX, DATA_MAX, TIME_MAX, Entry, Header, Stored, Type
 from overlayd.walker import (
@@ -23,7 +23,9 @@ from overlayd.walker import (
     extents,
     has_holes,
     open_file,
+    read_link,
     refuse_special,
+    unreadable,
     wanted_attribute,
 )
 
@@ -36,8 +38,6 @@ _ENOUGH: Final = 256 << 10
 """Bytes that are worth a call."""
 _LOOK: Final = 200
 """Milliseconds after which a wish to stop is noticed."""
-_CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODATA}
-"""What the kernel says of something that was there, or was something else, a moment ago."""
 
 
 class NobodyReadsError(Exception):
@@ -62,9 +62,7 @@ def send(source: OpenSource, fd: int, measure: Measure, *, depth: int, progress:
             sending.entries = 1
             sending.file(source.fd, source.file)
     except OSError as error:
-        if error.errno in _CHANGED:
-            raise changed(sending.path()) from None
-        raise from_oserror(error, f"reading {shown(sending.path())}") from None
+        raise unreadable(error, sending.path()) from None
     return sending.end()
 
 
@@ -194,10 +192,8 @@ class _Sending:
             self._progress.advance(0, len(data))
 
     def _symlink(self, directory: int, name: str) -> None:
-        facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if not stat.S_ISLNK(facts.st_mode):
-            raise changed(self.path())
-        text = os.fsencode(os.readlink(name, dir_fd=directory))
+        facts, link = read_link(name, directory, self.path())
+        text = os.fsencode(link)
         if len(text) >= INLINE_LINK:
             self._size += PAGE
         self.put(stream.pack_symlink(os.fsencode(name), self._time(facts), text))

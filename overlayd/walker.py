@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
-from overlayd.errors import RefusedError, SpaceError, from_oserror
+from overlayd.errors import OverlaydError, RefusedError, SpaceError, from_oserror
 from overlayd.model import human_size, shown
 
 if TYPE_CHECKING:
@@ -66,6 +66,12 @@ class Measure:
     links: set[tuple[int, int]] = field(default_factory=set)
 
 
+_CHANGED: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODATA}
+)
+"""Errors of what was something else a moment ago."""
+
+
 @dataclass(slots=True)
 class _Frame:
     fd: int
@@ -108,6 +114,8 @@ def _stored(name: str, dir_fd: int, facts: os.stat_result) -> int:
         return pages(facts.st_size)
     fd = open_file(name, dir_fd)
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no file any more", name)
         return sum(pages(end) - start // PAGE * PAGE for start, end in extents(fd, facts.st_size))
     finally:
         os.close(fd)
@@ -194,9 +202,7 @@ class Walk:
                 try:
                     fd = os.open(name, OPEN_DIRECTORY, dir_fd=frame.fd)
                 except OSError as error:
-                    if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
-                        raise changed(self.path(name)) from None
-                    raise from_oserror(error, f"opening {shown(self.path(name))}") from None
+                    raise unreadable(error, self.path(name), "opening") from None
                 stack.append(_Frame(fd, name, []))
                 yield Kind.ENTER, fd, name
                 yield from self._scan(stack[-1])
@@ -238,6 +244,30 @@ def changed(path: str) -> RefusedError:
     """Return the error for a source that changes under the walk."""
     message = f"{shown(path)} changed while it was read"
     return RefusedError(message, hint="apply again when nothing writes to the source")
+
+
+def unreadable(error: OSError, path: str, doing: str = "reading") -> OverlaydError:
+    """Return what an error at *path* means to the walk: it is another thing by now, or its own."""
+    if error.errno in _CHANGED:
+        return changed(path)
+    return from_oserror(error, f"{doing} {shown(path)}")
+
+
+def read_link(name: str, dir_fd: int, path: str) -> tuple[os.stat_result, str]:
+    """Return the facts and the text of the symlink *name*, called *path* in errors.
+
+    :raises RefusedError: if it is none any more.
+    """
+    facts = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    try:
+        text = os.readlink(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise changed(path) from None
+        raise
+    if not stat.S_ISLNK(facts.st_mode):
+        raise changed(path)
+    return facts, text
 
 
 def conflict(path: str, base_path: str, *, base_is_directory: bool) -> RefusedError:
@@ -339,10 +369,8 @@ def measure_tree(  # noqa: PLR0913  # all of them are facts of one question
             _count(total, kind, name, fd)
             if flag(name):
                 note_flagged(total, walk.path(name))
-    except FileNotFoundError:
-        raise changed(walk.path(name)) from None
     except OSError as error:
-        raise from_oserror(error, f"reading {shown(label)}") from None
+        raise unreadable(error, walk.path(name)) from None
     finally:
         for base in bases:
             if base is not None:
@@ -357,7 +385,7 @@ def measure_file(name: str, dir_fd: int, label: str, limits: Limits) -> Measure:
     try:
         _count(total, Kind.FILE, name, dir_fd)
     except OSError as error:
-        raise from_oserror(error, f"reading {shown(label)}") from None
+        raise unreadable(error, label) from None
     check_size(total, label, limits)
     return total
 

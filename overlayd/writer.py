@@ -15,18 +15,18 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd.errors import SpaceError, from_oserror
+from overlayd.errors import SpaceError
 from overlayd.model import shown
 from overlayd.walker import (
     OPEN_DIRECTORY,
     Limits,
     Measure,
-    changed,
     check_size,
     conflict,
     is_directory,
     open_base,
     too_many,
+    unreadable,
 )
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ class Writer:
         if error.errno == errno.ENOSPC:
             message = f"{shown(self.label)} outgrew the storage measured for it while it was copied"
             return SpaceError(message, hint="apply again when nothing writes to the source")
-        if error.errno in {errno.ENOENT, errno.ELOOP, errno.ENXIO}:
-            return changed(self.path())
-        return from_oserror(error, f"copying {shown(self.path())}")
+        return unreadable(error, self.path(), "copying")
 
     def close(self) -> None:
         """Close what is open, wherever it ended."""
