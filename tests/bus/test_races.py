@@ -38,7 +38,7 @@ def outside() -> list[str]:
 
 
 def test_target_exchanged_for_a_link_never_leads_an_overlay_outside(bus: Bus) -> None:
-    rounds = 2000 if "OVERLAYD_LONG" in os.environ else 120
+    rounds = 20_000 if "OVERLAYD_LONG" in os.environ else 120
     bus.config.write_text("[users]\ncalls = 1000000\n")
     etc = tree(bus.source("outside", {}) / "secret", {"motd": "outside"})
     folder = bus.base("turn", {"inner/motd": "base"}) / "inner"

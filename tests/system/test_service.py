@@ -22,13 +22,6 @@ MINE = "/var/tmp/sources-of-alice"
 UNIT = "overlayd.service"
 PASSWORD = "correct horse"
 APPLY = ["overlayd", "apply", "hers", MINE, BASE, "--allow-other"]
-# Yes to everything for alice; her name comes before the rules of the image.
-_RULE = """
-polkit.addRule(function(action, subject) {
-    if (action.id.indexOf("org.projectatomic.aptostree.usroverlay") == 0
-        && subject.user == "alice") return polkit.Result.YES;
-});
-"""
 
 
 @pytest.fixture
@@ -45,11 +38,9 @@ def hers(guest: Guest) -> Iterator[Guest]:
 @pytest.fixture
 def permitted(hers: Guest) -> Iterator[Guest]:
     """Give one in which polkit permits everything to alice."""
-    rule = "/etc/polkit-1/rules.d/10-test.rules"
-    hers.machine.copy_in(_RULE.encode(), rule, mode=0o644)
-    hers.sh("for _ in $(seq 50); do pkcheck --version >/dev/null && break; done; sleep 1")
+    hers.permit("alice")
     yield hers
-    hers.sh(f"rm {rule}; sleep 1")
+    hers.permit("alice", permitted=False)
 
 
 def apply_as_alice(guest: Guest, *options: str) -> Shown:
