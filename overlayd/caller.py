@@ -6,7 +6,8 @@ Nothing here is taken from the environment: ``SUDO_UID`` and the like say what t
 
 from __future__ import annotations
 
-from functools import cache
+import os
+from functools import cache, partial
 from typing import Final
 
 _UNSET: Final = 0xFFFFFFFF
@@ -31,14 +32,33 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-def attested(which: str, pid: int | str = "self") -> int | None:
+def attested(which: str, pid: int | str = "self", uid: int | None = None) -> int | None:
     """Return ``sessionid`` or ``loginuid`` of a process; None if it has none.
+
+    With *uid*, also None for a process of anybody else: who was meant is gone, and his pid in use
+    again.
 
     :raises OSError: if it cannot be read.
     """
+    process = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with open(f"/proc/{pid}/{which}", encoding="ascii") as file:
-            number = int(file.read())
+        if uid is not None and not _belongs(process, uid):
+            return None
+        number = int(_read(process, which))
     except FileNotFoundError:  # a kernel without audit
         return None
+    finally:
+        os.close(process)
     return None if number == _UNSET else number
+
+
+def _belongs(process: int, uid: int) -> bool:
+    _, _, ids = _read(process, "status").partition("\nUid:")
+    return int(ids.split(maxsplit=1)[0]) == uid
+
+
+def _read(process: int, name: str) -> str:
+    """Read a file of a process, all of it the same one's, as its directory is open."""
+    opener = partial(os.open, dir_fd=process)
+    with open(name, encoding="utf-8", errors="replace", opener=opener) as file:
+        return file.read()

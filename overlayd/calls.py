@@ -29,7 +29,7 @@ class Caller:
     def number(self, which: str) -> int | None:
         """Return what the kernel says of the caller's process: ``sessionid`` or ``loginuid``."""
         try:
-            return caller.attested(which, self.pid)
+            return caller.attested(which, self.pid, self.uid)
         except (OSError, ValueError):  # he is gone
             return None
 

@@ -234,11 +234,16 @@ class Client:
     def _ask(
         self, member: str, signature: str, body: tuple[object, ...], progress: Progress | None
     ) -> tuple[object, ...]:
-        """Call; if that takes an administrator, call again with somebody there to be asked."""
+        """Call; if that takes an administrator, have one asked.
+
+        On a terminal only then, as the agent for it takes a while to start.  Elsewhere a desktop
+        may have one.
+        """
+        on_terminal = _somebody_there()
         try:
-            return self._call(member, signature, body, progress)
+            return self._call(member, signature, body, progress, interactive=not on_terminal)
         except NoPermissionError:
-            if not _somebody_there():
+            if not on_terminal:
                 raise
         with _agent():
             return self._call(member, signature, body, progress, interactive=True)

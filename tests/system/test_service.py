@@ -89,6 +89,25 @@ def test_user_applies_with_the_administrator_s_password_and_takes_it_back_alone(
     hers.sh("usermod --lock admin")
 
 
+@pytest.mark.once
+def test_agent_of_a_desktop_is_asked_where_the_command_has_no_terminal(hers: Guest) -> None:
+    hers.sh('echo "admin:$1" | chpasswd', PASSWORD)
+    hers.apply("roots", hers.source("roots", {"motd": "root\n"}), BASE)
+    # As a desktop's, it is there before, and a process of its own.
+    script = """
+        mkfifo "$1"
+        pkttyagent --process $$ --notify-fd 3 3> "$1" &
+        cat "$1"; rm "$1"
+        exec overlayd remove roots < /dev/null
+    """
+    remove = ["sh", "-c", script, "sh", "/tmp/agent-is-there"]
+    done = at_terminal(hers.machine, "alice", remove, [("assword: ", PASSWORD)])
+    assert (done.status, done.untyped) == (0, []), done.said
+    assert "remove the overlay roots" in done.said
+    assert hers.overlays() == []
+    hers.sh("usermod --lock admin")
+
+
 def test_service_runs_in_the_host_s_mount_namespace_and_is_confined(hers: Guest) -> None:
     hers.overlayd("list", user="alice")
     said = hers.sh(
