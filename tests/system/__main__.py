@@ -21,12 +21,17 @@ from tests.system import project
 def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(prog="python -m tests.system", description=__doc__)
-    parser.add_argument("what", choices=["image", "shell"])
-    parser.add_argument("--machine", choices=[VM, CONTAINER], default=VM)
-    parser.add_argument("--kernel", metavar="VERSION", default=IMAGE_KERNEL)
-    parser.add_argument("--accel", choices=["auto", "kvm", "tcg"], default="auto")
-    parser.add_argument("--no-cache", action="store_true", help="build everything anew")
-    parser.add_argument("command", nargs="*", help="run this instead of a shell")
+    programs = parser.add_subparsers(dest="what", required=True)
+    for what in ("image", "shell"):
+        options = programs.add_parser(what, prog=f"./nox -s {what} --")
+        options.add_argument("--kernel", metavar="VERSION", default=IMAGE_KERNEL)
+        options.add_argument("--accel", choices=["auto", "kvm", "tcg"], default="auto")
+        options.add_argument("--no-cache", action="store_true", help="build everything anew")
+        if what == "shell":
+            options.add_argument("--machine", choices=[VM, CONTAINER], default=VM)
+            options.add_argument(
+                "command", nargs=argparse.REMAINDER, help="run this instead of a shell"
+            )
     chosen = parser.parse_args()
     start = time.monotonic()
 
@@ -44,6 +49,8 @@ def main() -> int:
                 kernel = HOST_KERNEL if chosen.machine == CONTAINER else chosen.kernel
                 with machines.acquire(Case(chosen.machine, kernel)) as machine:
                     say(f"{machine.name} is up")
+                    if chosen.command[:1] == ["--"]:
+                        del chosen.command[0]
                     if chosen.command:
                         done = machine.run(chosen.command, check=False, timeout=600)
                         sys.stdout.write(done.out)
