@@ -233,8 +233,7 @@ class Duties:
         manager = self._manager(warn)
         critical, covered = manager.consider(request, user)
         if critical and caller.uid != 0 and not self.config.critical_users:
-            message = f"critical target: {critical}; only root covers it here"
-            raise RefusedError(message, hint="critical.users in the configuration")
+            raise examine.for_root_alone(critical)
         action = Action.CRITICAL if critical else Action.APPLY
         details = _details(request, caller.uid, critical, covered)
         # What is refused whoever is asked is refused before anything is received.

@@ -75,7 +75,8 @@ def examine(  # noqa: PLR0913  # what it is about, and what it is held against
         # What a user's path leads to he has found out himself, by his own rights.
         target = request.target if streamed else targets.resolve_target(request.target)
         place = targets.open_target(target, source)
-        critical = _check_critical(request, place, config)
+        critical = _critical(place, config)
+        _check_critical(request, critical, for_root=user and not config.critical_users)
         check_free(place.place)
         plan.check_mounts(place.place, table)
         if not user:
@@ -158,11 +159,8 @@ def flagged_text(measure: Flagged) -> str:
     return f"{measure.flagged_count} flagged files: {names}"
 
 
-def _check_critical(request: Request, place: OpenPlace, config: Config) -> str:
-    """Return why the target is critical, or no text; refuse it without --allow-critical.
-
-    :raises RefusedError: saying why the target is critical.
-    """
+def _critical(place: OpenPlace, config: Config) -> str:
+    """Return why the target is critical; empty if it is not."""
     where = place.place
     facts = _file_facts(place.place_fd) if where.entry else None
     for path in dict.fromkeys((where.mount_point, where.target)):
@@ -171,12 +169,22 @@ def _check_critical(request: Request, place: OpenPlace, config: Config) -> str:
         )
         if reason is not None:
             covers = "" if path == where.target else ", and the overlay has to cover it"
-            text = f"{shown(reason)}{covers}"
-            if request.options.allow_critical:
-                return text
-            message = f"critical target: {text}"
-            raise RefusedError(message, hint="--allow-critical, if you mean it")
+            return f"{shown(reason)}{covers}"
     return ""
+
+
+def _check_critical(request: Request, critical: str, *, for_root: bool) -> None:
+    if critical and for_root:
+        raise for_root_alone(critical)
+    if critical and not request.options.allow_critical:
+        message = f"critical target: {critical}"
+        raise RefusedError(message, hint="--allow-critical, if you mean it")
+
+
+def for_root_alone(critical: str) -> RefusedError:
+    """Return the error for a critical target of a user's, saying why it is critical."""
+    message = f"critical target: {critical}; only root covers it here"
+    return RefusedError(message, hint="critical.users in the configuration")
 
 
 def _exists(pattern: str) -> bool:

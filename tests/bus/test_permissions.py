@@ -132,6 +132,10 @@ def test_critical_target_is_root_s_alone_unless_configured(bus: Bus) -> None:
                 assert answer.error == "Refused", answer
                 assert "critical" in answer.text
             assert "critical.users" in answer.text
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    said = bus.overlayd("alice", "apply", "hers", source, base, "--allow-other", code=5).stderr
+    assert "only root covers it" in said
+    assert "--allow-critical" not in said
     unchanged(bus, base)
     assert bus.told() == []
     with Peer("root") as root:
