@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror
-from overlayd.model import Options, Request, State, check_name, parse_size, shown
+from overlayd.model import (
+    DIRECTORIES,
+    FLAGS,
+    Options,
+    Request,
+    State,
+    check_name,
+    check_writable_dir,
+    parse_size,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +33,6 @@ if TYPE_CHECKING:
     from overlayd.progress import Progress
 
 _STRINGS: Final = ("name", "source", "target")
-_FLAGS: Final = tuple(Options.__dataclass_fields__)
 _MAX_BYTES: Final = 8 << 20
 
 
@@ -91,6 +100,7 @@ def _request(entry: object, where: str, folder: str) -> Request:
         raise RefusedError(message)
     texts: dict[str, str] = {}
     flags: dict[str, bool] = {}
+    directories: tuple[str, ...] = ()
     size = None
     for key, value in entry.items():
         if key in _STRINGS or key == "size":
@@ -98,14 +108,17 @@ def _request(entry: object, where: str, folder: str) -> Request:
                 message = f"{where}: {key} must be a string"
                 raise RefusedError(message)
             texts[key] = value
-        elif key in _FLAGS:
+        elif key in FLAGS:
             if not isinstance(value, bool):
                 message = f"{where}: {key} must be true or false"
                 raise RefusedError(message)
             flags[key] = value
+        elif key == DIRECTORIES:
+            directories = _directories(value, where)
         else:
             message = f"{where}: {shown(key)}: no such key"
-            raise RefusedError(message, hint=f"there are {', '.join((*_STRINGS, 'size', *_FLAGS))}")
+            known = (*_STRINGS, "size", *FLAGS, DIRECTORIES)
+            raise RefusedError(message, hint=f"there are {', '.join(known)}")
     for key in _STRINGS:
         if not texts.get(key):
             message = f"{where}: {key} is missing"
@@ -127,9 +140,20 @@ def _request(entry: object, where: str, folder: str) -> Request:
         name=texts["name"],
         source=os.path.join(folder, texts["source"]),
         target=texts["target"],
-        options=Options(**flags),
+        options=Options(**flags, writable_dirs=directories),
         size=size,
     )
+
+
+def _directories(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+        message = f"{where}: {DIRECTORIES} must be an array of strings"
+        raise RefusedError(message)
+    try:
+        return tuple(map(check_writable_dir, value))
+    except RefusedError as error:
+        message = f"{where}: {error.message}"
+        raise RefusedError(message, hint=error.hint) from None
 
 
 def run(
@@ -217,13 +241,13 @@ def dump(overlays: Sequence[Overlay]) -> str:
     """
     import tomli_w  # noqa: PLC0415  # only this command needs it
 
-    tables = []
+    tables: list[dict[str, str | bool | list[str]]] = []
     for overlay in overlays:
         record = overlay.record
         if overlay.state is State.DRAINING or not record.source:  # or it is not for us to know
             continue
         # A file that was laid into a directory was asked for with that directory as TARGET.
-        table: dict[str, str | bool] = {
+        table: dict[str, str | bool | list[str]] = {
             "name": record.name,
             "source": record.source,
             "target": record.target,
@@ -234,7 +258,9 @@ def dump(overlays: Sequence[Overlay]) -> str:
             except UnicodeEncodeError:
                 message = f"{record.name}: {key} {shown(str(value))} is not UTF-8, TOML is"
                 raise RefusedError(message) from None
-        table |= {flag: True for flag in _FLAGS if getattr(record.options, flag)}
+        table |= {flag: True for flag in FLAGS if getattr(record.options, flag)}
+        if record.options.writable_dirs:
+            table[DIRECTORIES] = [*record.options.writable_dirs]
         if record.size:
             table["size"] = f"{-(-record.size // 1024)}K"
         tables.append(table)

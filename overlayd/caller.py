@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Final
 
 _UNSET: Final = 0xFFFFFFFF
+_CAP_SYS_ADMIN: Final = 21
 
 
 @cache
@@ -23,6 +24,26 @@ def session_id() -> int | None:
 def login_uid() -> int | None:
     """Return the uid that logged in, which stays through sudo and su; None outside of a login."""
     return attested("loginuid")
+
+
+@cache
+def capable() -> bool:
+    """Whether this process may mount where it is: root, or somebody in a user namespace of his."""
+    if os.geteuid() == 0:
+        return True
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        _, _, rest = file.read().partition("\nCapEff:")
+    return bool(int(rest.split(maxsplit=1)[0], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+@cache
+def in_user_namespace() -> bool:
+    """Whether this is a user namespace beneath the first one.
+
+    Overlays keep what they note in ``user.*`` attributes there, and not every owner can be given.
+    """
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() != ["0", "0", str(_UNSET)]
 
 
 @cache

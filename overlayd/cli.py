@@ -17,6 +17,7 @@ from overlayd.model import shown
 
 _LOOK: Final = {"list": "list_", "status": "", "dump": "", "doctor": "", "cleanup": ""}
 _CHANGE: Final = ("apply", "reset", "remove", "batch")
+_PRIVATE: Final = ("enter", "run")
 _PAST: Final = ("history", "report")
 
 
@@ -37,7 +38,7 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands."""
         del ctx
-        return sorted((*_LOOK, *_CHANGE, *_PAST))
+        return sorted((*_LOOK, *_CHANGE, *_PRIVATE, *_PAST))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load a command."""
@@ -51,6 +52,10 @@ class _Commands(click.Group):
             from overlayd import cli_change  # noqa: PLC0415
 
             command = getattr(cli_change, cmd_name)
+        elif cmd_name in _PRIVATE:
+            from overlayd import cli_private  # noqa: PLC0415
+
+            command = getattr(cli_private, cmd_name)
         elif cmd_name in _PAST:
             from overlayd import cli_history  # noqa: PLC0415
 

@@ -11,6 +11,7 @@ import click
 from overlayd import render
 from overlayd.cli_common import (
     Common,
+    absolute,
     check_stateroot,
     common_options,
     complete_names,
@@ -19,7 +20,15 @@ from overlayd.cli_common import (
     stateroot_option,
 )
 from overlayd.errors import NoPermissionError, OverlaydError, RefusedError
-from overlayd.model import APPLIED, BASE, Options, Request, parse_size, shown
+from overlayd.model import (
+    APPLIED,
+    BASE,
+    Options,
+    Request,
+    check_writable_dir,
+    parse_size,
+    shown,
+)
 
 if TYPE_CHECKING:
     from overlayd.cli_common import Noted
@@ -51,6 +60,13 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in Debian
 @stateroot_option
 @click.option("--allow-critical", is_flag=True, help="Permit a target the system depends on.")
 @click.option("--preserve-owner", is_flag=True, help="Keep owners; otherwise all is root's.")
+@click.option(
+    "--writable-dir",
+    "writable_dirs",
+    multiple=True,
+    metavar="PATH",
+    help="Lay a directory of yours over this one beneath TARGET; for private overlays.",
+)
 @click.option("--size", type=_Size(), metavar="SIZE", help="Room for edits, such as 64M or 2G.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say the steps, do nothing.")
 @common_options
@@ -66,6 +82,7 @@ def apply(  # noqa: PLR0913  # one parameter per option
     stateroot: str | None,
     allow_critical: bool,
     preserve_owner: bool,
+    writable_dirs: tuple[str, ...],
     size: int | None,
     dry_run: bool,
 ) -> None:
@@ -85,12 +102,16 @@ def apply(  # noqa: PLR0913  # one parameter per option
     if read_only and size is not None:
         message = "--size is the room for edits, and --read-only has none"
         raise click.UsageError(message)
+    if writable_dirs and (allow_other or os.geteuid() == 0):
+        message = "--writable-dir is for private overlays; in others root can write everywhere"
+        raise click.UsageError(message)
     options = Options(
         read_only=read_only,
         allow_other=allow_other,
         default_permissions=default_permissions,
         preserve_owner=preserve_owner,
         allow_critical=allow_critical,
+        writable_dirs=tuple(map(check_writable_dir, writable_dirs)),
     )
     with (
         interruptible(common) as progress,
@@ -100,8 +121,8 @@ def apply(  # noqa: PLR0913  # one parameter per option
         check_stateroot(stateroot)
         request = Request(
             name=name,
-            source=_absolute(source, "SOURCE"),
-            target=_absolute(target, "TARGET"),
+            source=absolute(source, "SOURCE"),
+            target=absolute(target, "TARGET"),
             options=options,
             size=size,
         )
@@ -116,20 +137,6 @@ def apply(  # noqa: PLR0913  # one parameter per option
         click.echo(render.as_json({"steps": steps}) if common.json else "\n".join(steps))
     else:
         common.show(overlay, render.applied(overlay))
-
-
-def _absolute(path: str, what: str) -> str:
-    """Make *path* absolute; a directory that is gone is an error, not a guess."""
-    if not path or "\0" in path:
-        message = f"{what} is empty"
-        raise RefusedError(message)
-    try:
-        whole = path if path.startswith("/") else f"{os.getcwd()}/{path}"
-    except FileNotFoundError:
-        message = f"{what} {shown(path)} is relative, and the working directory is gone"
-        raise RefusedError(message) from None
-    # ".." stays: what it leads to depends on links before it.
-    return "/" + "/".join(part for part in whole.split("/") if part not in {"", "."})
 
 
 def _version(text: str) -> int:

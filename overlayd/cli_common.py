@@ -18,6 +18,7 @@ from overlayd import caller, render
 from overlayd.errors import (
     NotFoundError,
     OverlaydError,
+    RefusedError,
     ServiceError,
     UsageError,
 )
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from overlayd.history import Attempt
     from overlayd.manager import Manager
     from overlayd.model import Overlay
+    from overlayd.private import Private
     from overlayd.render import TerminalProgress
+    from overlayd.scopes import Scopes
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -61,21 +64,33 @@ class Common:
             self.loaded = config.load(None if self.config is None else Path(self.config))
         return self.loaded
 
-    def observer(self) -> Observer | Client:
+    def observer(self) -> Observer | Scopes:
         """Return what looks at overlays.
 
         :raises OverlaydError: also for a ``--config`` that cannot be used, needed or not.
         """
         if self.config is not None:
             self.load()
-        return Observer(warn=self.warn) if os.geteuid() == 0 else self.client()
+        return Observer(warn=self.warn) if os.geteuid() == 0 else self._scopes()
 
-    def manager(self) -> Manager | Client:
+    def manager(self) -> Manager | Scopes:
         """Return what changes overlays; it takes a while to load.
 
-        For root that is done by this process, for others by the service.
+        For root that is done by this process; for others in their own namespaces, or by the
+        service.
         """
-        return self.own_manager() if os.geteuid() == 0 else self.client()
+        return self.own_manager() if os.geteuid() == 0 else self._scopes()
+
+    def _scopes(self) -> Scopes:
+        from overlayd.scopes import Scopes  # noqa: PLC0415  # root needs none of it
+
+        return Scopes(self.private(), self.client, self.warn)
+
+    def private(self) -> Private:
+        """Return what does private overlays."""
+        from overlayd.private import Private  # noqa: PLC0415
+
+        return Private(self.load, warn=self.warn, trace=self.trace)
 
     def own_manager(self) -> Manager:
         """Return what does it in this process.
@@ -309,6 +324,23 @@ def complete_names(
     except OverlaydError:
         return []
     return [o.record.name for o in overlays if o.record.name.startswith(incomplete)]
+
+
+def absolute(path: str, what: str) -> str:
+    """Make *path* absolute; a directory that is gone is an error, not a guess.
+
+    :raises RefusedError: for what cannot be made so.
+    """
+    if not path or "\0" in path:
+        message = f"{what} is empty"
+        raise RefusedError(message)
+    try:
+        whole = path if path.startswith("/") else f"{os.getcwd()}/{path}"
+    except FileNotFoundError:
+        message = f"{what} {shown(path)} is relative, and the working directory is gone"
+        raise RefusedError(message) from None
+    # ".." stays: what it leads to depends on links before it.
+    return "/" + "/".join(part for part in whole.split("/") if part not in {"", "."})
 
 
 def uid_of(user: str) -> int:

@@ -387,7 +387,7 @@ def _request(body: Result) -> Request:
     if size is not None and (flags.get("read_only") or size > 1 << 50):
         message = "size is the room for edits, and of a read-only overlay there is none"
         raise RefusedError(message)
-    return Request(name, source, target, Options(**flags), size)
+    return Request(name, source, target, Options(**flags, writable_dirs=()), size)
 
 
 def _brief(text: str) -> str:

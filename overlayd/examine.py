@@ -10,12 +10,12 @@ import sys as python
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from overlayd import ops, overlayfs, plan, policy, targets, walker
+from overlayd import caller, ops, overlayfs, plan, policy, targets, walker
 from overlayd import syscalls as sys
 from overlayd.config import FlaggedAction
 from overlayd.errors import OverlaydError, RefusedError, from_oserror
-from overlayd.model import SourceKind, check_name, shown
-from overlayd.targets import Streamed
+from overlayd.model import RUN, SourceKind, check_name, shown
+from overlayd.targets import OpenSource, Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from overlayd.model import Request
     from overlayd.mountinfo import Table
     from overlayd.progress import Progress
-    from overlayd.targets import OpenPlace, OpenSource, Place, Source
+    from overlayd.targets import OpenPlace, Place, Source
     from overlayd.walker import Flagged, Limits, Measure
 
 _WARN_NAMES: Final = 10
@@ -57,40 +57,46 @@ def examine(  # noqa: PLR0913  # what it is about, and what it is held against
     table: Table,
     progress: Progress,
     warn: Callable[[str], None],
-    streamed: Streamed | None = None,
+    given: Source | None = None,
     user: bool = False,
+    private: bool = False,
 ) -> Examined:
     """Check all of *request* that needs no lock, the cheap things first.
 
-    The source is the one that is *streamed*, if it is, and belongs to the caller if this raises.
-    With *user* the limits are those of users other than root, by whose rights it is looked at.
+    The source is the one that is *given*, if it is, and belongs to the caller if this raises.
+    With *user* the limits are those of users other than root, by whose rights it is looked at
+    for the service; with *private* for an overlay that nobody else sees.
 
     :raises OverlaydError: for the first thing that is wrong.
     """
     check_name(request.name)
-    source = streamed or targets.open_source(request.source)
-    limits = source_limits(config, user=user or streamed is not None)
+    source = given or targets.open_source(request.source)
+    limits = source_limits(config, user=user or private or isinstance(source, Streamed))
     place = None
+    critical = ""
     try:
         # What a user's path leads to he has found out himself, by his own rights.
+        streamed = isinstance(source, Streamed)
         target = request.target if streamed else targets.resolve_target(request.target)
         place = targets.open_target(target, source)
-        critical = _critical(place, config)
-        _check_critical(request, critical, for_root=user and not config.critical_users)
+        if not private:
+            critical = _critical(place, config)
+            _check_critical(request, critical, for_root=user and not config.critical_users)
         check_free(place.place)
-        plan.check_mounts(place.place, table)
+        plan.check_mounts(place.place, table, private=private)
         if not user:
             _check_depth(place)
         if isinstance(source, Streamed):
             measure = source.receiver.declared
         else:
+            assert isinstance(source, OpenSource)  # noqa: S101  # there are no others
             targets.check_apart(source, place.place, table)
             measure = _measure(request, source, place, limits, config, progress)
-            if not user:
+            if not (user or private):
                 report_flagged(measure, config.flagged_root, warn)
         plan.check_memory(measure, request.source, memory_available(), config.memory_reserve)
     except BaseException as error:
-        if streamed is None:
+        if given is None:
             source.close()
         if place is not None:
             place.close()
@@ -216,7 +222,9 @@ def _check_depth(place: OpenPlace) -> None:
     """
     if sys.fstatfs(place.base_fd).type != sys.OVERLAYFS_SUPER_MAGIC:
         return
-    other = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    # In a user namespace no directory will do that others' mounts lie in.
+    beside = f"{RUN}/quarantine" if caller.in_user_namespace() else "/"
+    other = os.open(beside, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.close(overlayfs.make_overlay("probe", [place.base_fd, other], None, 0))
     except OSError:

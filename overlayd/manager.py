@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from overlayd import caller, mountinfo, ostree, overlayfs, plan, state
 from overlayd.errors import OverlaydError
 from overlayd.executor import Executor, Run
-from overlayd.model import TAG_PREFIX, Overlay, State, check_name
+from overlayd.model import TAG_PREFIX, Overlay, Scope, State, check_name
 from overlayd.mountinfo import own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from overlayd.model import Record, Request
     from overlayd.mountinfo import Table
     from overlayd.overlayfs import Exchange
-    from overlayd.targets import Place, Streamed
+    from overlayd.targets import Place, Source
 
 
 @dataclass(slots=True)
@@ -68,10 +68,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Somebody for whom the service makes an overlay, and what he sends."""
+    """Somebody other than root whose overlay it will be, and what it is to show."""
 
     owner: plan.Owner
-    source: Streamed
+    source: Source
 
 
 def memory() -> int:
@@ -89,10 +89,12 @@ class Manager(Observer):
         warn: Callable[[str], None],
         way: Exchange | None = None,
         trace: Callable[[str, Operation], None] | None = None,
+        scope: Scope = Scope.SYSTEM,
     ) -> None:
         """Take the configuration when it is needed; report oddities to *warn*.
 
         *way* forces how a live mount is exchanged; *trace* is called around each operation.
+        *scope* says who sees the overlays of the mount namespace that this process is in.
 
         :raises NoPermissionError: for callers other than root.
         """
@@ -101,6 +103,7 @@ class Manager(Observer):
         self._config: Config | None = None
         self._way = way
         self._trace = trace
+        self._scope = scope
 
     @property
     def config(self) -> Config:
@@ -109,21 +112,21 @@ class Manager(Observer):
             self._config = self._load()
         return self._config
 
-    def apply(self, request: Request, progress: Progress) -> Overlay:
-        """Make an overlay.
+    def apply(self, request: Request, progress: Progress, user: User | None = None) -> Overlay:
+        """Make an overlay, *user*'s if there is one, as :meth:`prepare` does.
 
         :raises OverlaydError: and then nothing is left of it.
         """
-        return self.prepare(request, progress).commit()
+        return self.prepare(request, progress, user).commit()
 
     def prepare(self, request: Request, progress: Progress, user: User | None = None) -> Prepared:
         """Do everything of an apply but make it visible; the name and the place are taken.
 
-        With a *user* the source is what he sends, within the limits that are his.
+        With a *user* the source is the one that he gives, within the limits that are his.
 
         :raises OverlaydError: and then nothing is left of it.
         """
-        from overlayd import ops, targets  # noqa: PLC0415  # other commands do not load them
+        from overlayd import contents, ops, targets  # noqa: PLC0415  # other commands do not load them
 
         check_name(request.name)
         config = self.config
@@ -150,7 +153,7 @@ class Manager(Observer):
                 )
                 steps = plan.plan_apply(record, where, seen.measure, seen.limits)
                 executor = Executor(run, steps, self._trace)
-                executor.advance(before=ops.MountStorage)
+                executor.advance(before=contents.MountStorage)
         except BaseException:
             seen.close()
             raise
@@ -196,7 +199,8 @@ class Manager(Observer):
             table=self._mounts.table(),
             progress=progress,
             warn=self._warn,
-            streamed=None if user is None else user.source,
+            given=None if user is None else user.source,
+            private=self._scope is Scope.PRIVATE,
         )
 
     def _identity(self, owner: plan.Owner) -> plan.Identity:
@@ -207,17 +211,18 @@ class Manager(Observer):
             owner=owner,
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             deployment=str(booted) if (booted := ostree.booted()) and booted.name else None,
+            scope=self._scope,
         )
 
-    def describe(self, request: Request, progress: Progress) -> list[str]:
+    def describe(self, request: Request, progress: Progress, user: User | None = None) -> list[str]:
         """Say what an apply would do, having checked everything that can be checked.
 
         :raises OverlaydError: what the apply would raise.
         """
-        seen = self._examine(request, progress, present=self._store.exists())
+        seen = self._examine(request, progress, present=self._store.exists(), user=user)
         seen.close()
         where = seen.place.place
-        owner = plan.Owner(os.getuid(), caller.session_id())
+        owner = plan.Owner(os.getuid(), caller.session_id()) if user is None else user.owner
         record = plan.new_record(request, where, seen.measure, self._identity(owner), self.config)
         steps = plan.plan_apply(record, where, seen.measure, seen.limits)
         return [step.describe() for step in steps]

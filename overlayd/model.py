@@ -32,6 +32,8 @@ class Scope(StrEnum):
     """Who sees the overlay."""
 
     SYSTEM = "system"
+    PRIVATE = "private"
+    """The processes of its owner that he starts inside."""
 
 
 class Phase(StrEnum):
@@ -70,6 +72,13 @@ class Options:
     default_permissions: bool = False
     preserve_owner: bool = False
     allow_critical: bool = False
+    writable_dirs: tuple[str, ...] = ()
+    """Directories of a private overlay's base, beneath the target, that are to be the owner's."""
+
+
+DIRECTORIES: Final = "writable_dirs"
+FLAGS: Final = tuple(key for key in Options.__dataclass_fields__ if key != DIRECTORIES)
+"""The options that are true or false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,17 @@ def check_name(name: str) -> str:
         text,
         hint="1 to 64 of A-Z a-z 0-9 _ -, the first a letter or a digit",
     )
+
+
+def check_writable_dir(path: str) -> str:
+    """Return *path* if it may name a directory beneath a target.
+
+    :raises RefusedError: if it may not.
+    """
+    if path and "\0" not in path and {"", ".", ".."}.isdisjoint(path.split("/")):
+        return path
+    message = f"{shown(path)!r} is not a path beneath TARGET"
+    raise RefusedError(message, hint="a relative one, without . and ..")
 
 
 def parse_size(text: str) -> int:

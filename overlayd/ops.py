@@ -7,22 +7,19 @@ import contextlib
 import errno
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
-from overlayd import layers, overlayfs, targets, writer
+from overlayd import caller, overlayfs, targets
 from overlayd import syscalls as sys
+from overlayd.contents import TREE, base_of
 from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
 from overlayd.executor import Step
-from overlayd.model import USR, Phase, Record, SourceKind, Tree, counted, human_size, shown
+from overlayd.model import USR, Phase, Record, Scope, Tree, shown
 from overlayd.store import LAYER, storage_path, upper_name
-from overlayd.targets import OpenSource, Streamed
-from overlayd.walker import OPEN_DIRECTORY, Limits, check_file_over
+from overlayd.walker import OPEN_DIRECTORY
 
 if TYPE_CHECKING:
     from overlayd.executor import Run
-    from overlayd.targets import OpenPlace, Source
-
-TREE: Final = "tree"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,139 +40,6 @@ class Reserve(Step):
         """Remove both; the storage in it was removed before."""
         run.store.drop_storage(self.record.uuid)
         run.store.drop(self.record.uuid)
-
-
-@dataclass(frozen=True, slots=True)
-class MountStorage(Step):
-    """Mount a tmpfs for a part of the overlay's storage."""
-
-    which: str
-    size: int
-    inodes: int
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return f"mount a tmpfs of {human_size(self.size)} and {self.inodes} inodes as {self.which}"
-
-    def apply(self, run: Run) -> None:
-        """Mount it."""
-        run.store.attach_storage(run.record.uuid, self.which, self.size, self.inodes)
-
-    def undo(self, run: Run) -> None:
-        """Unmount it."""
-        run.store.drop_storage(run.record.uuid, self.which)
-
-
-@dataclass(frozen=True, slots=True)
-class FillLayer(Step):
-    """Copy the source into the layer."""
-
-    source: str
-    prefix: tuple[str, ...]
-    limits: Limits
-    preserve_owner: bool
-    entries: int
-    size: int
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        where = f" as {shown('/'.join(self.prefix))}" if self.prefix else ""
-        return (
-            f"copy {counted(self.entries)}, {human_size(self.size)}, from {shown(self.source)}"
-            f" into the layer{where}"
-        )
-
-    def apply(self, run: Run) -> None:
-        """Copy, then make the layer's filesystem read-only."""
-        if run.source is None or run.place is None:
-            raise AssertionError
-        top = os.open(storage_path(run.record.uuid, LAYER), OPEN_DIRECTORY)
-        try:
-            os.mkdir(TREE, 0o700, dir_fd=top)
-            tree = os.open(TREE, OPEN_DIRECTORY, dir_fd=top)
-            try:
-                self._fill(run, run.source, run.place, tree)
-                # Once filled: what is made in a directory changes its time, and may inherit.
-                writer.copy_directory_attributes(run.place.base_fd, tree)
-            finally:
-                os.close(tree)
-            overlayfs.make_read_only(top)
-        finally:
-            os.close(top)
-
-    def _fill(self, run: Run, source: Source, place: OpenPlace, tree: int) -> None:
-        run.progress.expect(self.entries, self.size)
-        if not self.prefix:
-            self._content(run, source, tree, place.base_fd)
-            return
-        folders = self.prefix
-        if source.kind is SourceKind.FILE:
-            folders = self.prefix[:-1]
-            point = place.place.mount_point
-            check_file_over(self.source, place.base_fd, self.prefix[0], point)
-        fd = os.dup(tree)
-        try:
-            for name in folders:
-                os.mkdir(name, 0o755, dir_fd=fd)
-                inner = os.open(name, OPEN_DIRECTORY, dir_fd=fd)
-                os.close(fd)
-                fd = inner
-                os.fchmod(fd, 0o755)
-            self._content(run, source, fd, None)
-        finally:
-            os.close(fd)
-
-    def _content(self, run: Run, source: Source, fd: int, base_fd: int | None) -> None:
-        """Write what the source holds into the directory *fd*, which lies over *base_fd*."""
-        into = writer.Writer(self.source, self.limits, fd)
-        directory = source.kind is SourceKind.DIRECTORY
-        if isinstance(source, Streamed):
-            if directory:
-                source.receiver.tree(into, base_fd)
-            else:
-                source.receiver.single_file(into, fd, self.prefix[-1])
-            layer = source.receiver.received.as_layer(run.record.layers[0])
-            run.record = run.record.with_(layers=(layer, *run.record.layers[1:]))
-        elif isinstance(source, OpenSource):
-            copier = layers.Copier(into, self.preserve_owner, run.progress)
-            if directory:
-                copier.tree(source.fd, base_fd)
-            else:
-                copier.single_file(source.fd, source.file, fd, self.prefix[-1])
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareUpper(Step):
-    """Make the upper and work directories; the upper's root looks like the base's.
-
-    A read-only overlay has an empty directory in its place: two lowers are the fewest the kernel
-    takes, and a storage of its own tells one tree of the overlay from the next by f_fsid.
-    """
-
-    number: int
-
-    def describe(self) -> str:
-        """Say what the step does."""
-        return "prepare the topmost directory, its root as the base's"
-
-    def apply(self, run: Run) -> None:
-        """Make them."""
-        top = os.open(storage_path(run.record.uuid, upper_name(self.number)), OPEN_DIRECTORY)
-        try:
-            os.close(writer.make_directory(top, "upper", base_of(run)))
-            if not run.record.options.read_only:
-                os.mkdir("work", 0o700, dir_fd=top)
-        finally:
-            os.close(top)
-
-
-def base_of(run: Run) -> int:
-    """Return the fd of the base directory, from the target or from a copy of its parent."""
-    if run.base_fd >= 0:
-        return run.base_fd
-    if run.place is None:
-        raise AssertionError
-    return run.place.base_fd
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +75,12 @@ class OpenBase(Step):
     def apply(self, run: Run) -> None:
         """Clone the parent, not recursively, and open the base in it.
 
-        ``/usr`` may be a mount itself, which its parent does not show.
+        ``/usr`` may be a mount itself, which its parent does not show; and so may be what a private
+        overlay lies on.
         """
-        if self.mount_point == USR:
-            run.base_mount_fd = overlayfs.clone_covered(USR)
+        private = run.record.scope is Scope.PRIVATE and not self.entry
+        if private or self.mount_point == USR:
+            run.base_mount_fd = overlayfs.clone_covered(self.mount_point)
             run.base_name = "."
         else:
             parent = targets.open_parent(self.mount_point)
@@ -362,7 +228,11 @@ def _check_overlay(overlay: int, base: int, layer: int) -> None:
     :raises KernelError: if its root or the first entry of its layer is not as it must be.
     """
     seen, meant = os.fstat(overlay), os.fstat(base)
-    if (seen.st_mode, seen.st_uid, seen.st_gid) != (meant.st_mode, meant.st_uid, meant.st_gid):
+    # In a user namespace it is its owner's.
+    uid, gid = (
+        (os.geteuid(), os.getegid()) if caller.in_user_namespace() else (meant.st_uid, meant.st_gid)
+    )
+    if (seen.st_mode, seen.st_uid, seen.st_gid) != (meant.st_mode, uid, gid):
         message = "the overlay's root does not look like the base's; it was not attached"
         raise KernelError(message)
     if layer < 0:

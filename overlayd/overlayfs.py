@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from overlayd import mountinfo
+from overlayd import caller, mountinfo
 from overlayd import syscalls as sys
 from overlayd.model import TAG_PREFIX
 
@@ -31,12 +31,12 @@ _OPTIONS: Final = (
     ("index", "off"),
     ("nfs_export", "off"),
     ("xino", "off"),
-    ("redirect_dir", "on"),
 )
 """Every option that matters is stated: module parameters would decide otherwise.
 
-``redirect_dir=on`` because dpkg renames directories; safe, as layers carry no attributes of
-others.  For ``uuid``, which has to do with f_fsid, see :func:`_uuid_options`.
+So is ``redirect_dir=on``, because dpkg renames directories; safe, as layers carry no attributes of
+others.  In a user namespace there can be no redirects: ``userxattr`` rules them out.  For ``uuid``,
+which has to do with f_fsid, see :func:`_uuid_options`.
 """
 
 
@@ -133,6 +133,10 @@ def make_overlay(
         sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "source", f"{TAG_PREFIX}{tag}")
         for key, value in (*_OPTIONS, *_uuid_options()):
             sys.fsconfig(context, sys.FSCONFIG_SET_STRING, key, value)
+        if caller.in_user_namespace():
+            sys.fsconfig(context, sys.FSCONFIG_SET_FLAG, "userxattr")
+        else:
+            sys.fsconfig(context, sys.FSCONFIG_SET_STRING, "redirect_dir", "on")
         sys.fsconfig(
             context,
             sys.FSCONFIG_SET_STRING,

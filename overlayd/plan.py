@@ -63,6 +63,7 @@ class Identity:
     owner: Owner
     created_at: str
     deployment: str | None
+    scope: Scope = Scope.SYSTEM
 
 
 def check_free(name: str, place: Place, present: Sequence[Record], limit: int) -> None:
@@ -110,8 +111,10 @@ def _nesting(place: Place, record: Record) -> ExistsError:
     return ExistsError(message, hint="overlays do not nest; remove the other one first")
 
 
-def check_mounts(place: Place, table: Table) -> None:
+def check_mounts(place: Place, table: Table, *, private: bool = False) -> None:
     """Refuse a target that has mounts on it or beneath it, naming them.
+
+    A *private* overlay may lie on one that everybody sees, which then shows through.
 
     ``/usr`` itself is a mount on every OSTree machine, and on many others.  What somebody stacked
     on it for a while (an extension, ``ostree admin unlock``) may go any time and is no base.
@@ -122,6 +125,8 @@ def check_mounts(place: Place, table: Table) -> None:
     within = table.within(place.mount_point)
     if place.mount_point == USR and all(m.fstype != "overlay" for m in within):
         within = [mount for mount in within if mount.mount_point != USR]
+    if private:
+        within = [m for m in within if m.tag is None or m.mount_point != place.mount_point]
     if not within:
         return
     for mount in within:
@@ -242,7 +247,7 @@ def new_record(
         boot_id=identity.boot_id,
         owner=identity.owner.uid,
         session_id=identity.owner.session_id,
-        scope=Scope.SYSTEM,
+        scope=identity.scope,
         source=request.source,
         target=place.target,
         mount_point=place.mount_point,
@@ -262,22 +267,24 @@ def plan_apply(
     record: Record, place: Place, measure: Measure, limits: Limits
 ) -> tuple[Operation, ...]:
     """Return what makes the overlay of *record*."""
-    from overlayd import ops  # noqa: PLC0415  # what one command needs, another does not load
+    from overlayd import contents, ops  # noqa: PLC0415  # what one command needs, another does not load
 
     layer = record.layers[0]
     # Directories on the way to the target, the layer's own two, and room for what tmpfs charges
     # for attributes since Linux 6.6.
     inodes = measure.entries + measure.entries // 4 + len(place.prefix) + _SPARE_INODES
+    inodes += 2 * sum(path.count("/") + 1 for path in record.options.writable_dirs)
     steps: list[Operation] = [
         ops.Reserve(record),
-        ops.MountStorage(LAYER, max(measure.size, 4096), inodes),
-        ops.FillLayer(
+        contents.MountStorage(LAYER, max(measure.size, 4096), inodes),
+        contents.FillLayer(
             record.source,
             place.prefix,
             limits,
             record.options.preserve_owner,
             measure.entries,
             layer.size,
+            record.options.writable_dirs,
         ),
     ]
     tree = record.pending or Tree(version=1, upper=1)
@@ -290,13 +297,13 @@ def plan_apply(
 
 
 def _upper(record: Record, tree: Tree) -> list[Operation]:
-    from overlayd import ops  # noqa: PLC0415  # as above
+    from overlayd import contents  # noqa: PLC0415  # as above
 
     # Of a read-only overlay the topmost directory stays empty.
     size, inodes = (4096, 8) if record.options.read_only else (record.size, record.inodes)
     return [
-        ops.MountStorage(upper_name(tree.upper), size, inodes),
-        ops.PrepareUpper(tree.upper),
+        contents.MountStorage(upper_name(tree.upper), size, inodes),
+        contents.PrepareUpper(tree.upper),
     ]
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from overlayd.errors import RefusedError
 from overlayd.model import (
+    DIRECTORIES,
+    FLAGS,
     UUID,
     Layer,
     Options,
@@ -26,7 +28,6 @@ SCHEMA: Final = 1
 _MAX_NUMBER: Final = 1 << 64
 _MAX_PATH: Final = 4096
 _encode: Final = json.JSONEncoder(separators=(",", ":")).encode
-_OPTIONS: Final = tuple(Options.__dataclass_fields__)
 
 _E = TypeVar("_E", bound="StrEnum")
 
@@ -100,6 +101,13 @@ class _Reader:
             raise self.error(key, "must be an array")
         return [_Reader(item, f"{key}[{index}]") for index, item in enumerate(value)]
 
+    def strings_if_there(self, key: str) -> tuple[str, ...]:
+        """Return strings that records of an earlier release do not have."""
+        value = self._value.get(key, [])
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+        raise self.error(key, "must be an array of strings")
+
     def object_or_none(self, key: str) -> _Reader | None:
         value = self._get(key)
         return None if value is None else _Reader(value, key)
@@ -122,7 +130,8 @@ def encode(record: Record) -> bytes:
             "mount_point": record.mount_point,
             "entry": record.entry,
             "created_at": record.created_at,
-            "options": {name: getattr(record.options, name) for name in _OPTIONS},
+            "options": {name: getattr(record.options, name) for name in FLAGS}
+            | {DIRECTORIES: list(record.options.writable_dirs)},
             "size": record.size,
             "inodes": record.inodes,
             "layers": [
@@ -192,7 +201,10 @@ def decode(data: bytes) -> Record:
         mount_point=reader.below_usr("mount_point"),
         entry=entry,
         created_at=reader.string("created_at"),
-        options=Options(**{key: options.boolean(key) for key in _OPTIONS}),
+        options=Options(
+            **{key: options.boolean(key) for key in FLAGS},
+            writable_dirs=options.strings_if_there(DIRECTORIES),
+        ),
         size=reader.number("size"),
         inodes=reader.number("inodes"),
         layers=tuple(

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd.model import counted, human_size, shown
+from overlayd.model import Scope, counted, human_size, shown
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def overlay_object(overlay: Overlay) -> dict[str, object]:
             "read_only": record.options.read_only,
             "allow_other": record.options.allow_other,
             "default_permissions": record.options.default_permissions,
+            "writable_dirs": [*record.options.writable_dirs],
         }
         if record.mount_point
         else None,  # it is somebody else's, and not for us to see
@@ -100,12 +101,14 @@ def overlay_table(overlays: Sequence[Overlay]) -> str:
     """Return the table that ``list`` prints; one line per overlay."""
     if not overlays:
         return "no overlays"
-    rows = [("NAME", "STATE", "VERSION", "OWNER", "EDITS", "TARGET")]
+    scoped = any(overlay.record.scope is Scope.PRIVATE for overlay in overlays)
+    rows = [("NAME", *(["SCOPE"] * scoped), "STATE", "VERSION", "OWNER", "EDITS", "TARGET")]
     for overlay in overlays:
         record = overlay.record
         rows.append(
             (
                 record.name,
+                *([record.scope] * scoped),
                 overlay.state,
                 "-" if record.tree is None else str(record.tree.version),
                 user_name(record.owner),
@@ -132,6 +135,7 @@ def overlay_details(overlay: Overlay) -> str:
     rows = [
         ("name", record.name),
         ("state", overlay.state),
+        ("scope", "private" if record.scope is Scope.PRIVATE else ""),
         ("target", shown(record.target)),
         ("source", shown(record.source)),
         ("version", "-" if record.tree is None else str(record.tree.version)),

@@ -287,8 +287,10 @@ class Store(World):
             return None
         try:
             facts = os.fstat(fd)
-            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != 0 or facts.st_mode & 0o022:
-                self._quarantine(name, "not a file of root's that only root can write")
+            own = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid()
+            if not own or facts.st_mode & 0o022:
+                whose = "root's that only root" if os.geteuid() == 0 else "yours that only you"
+                self._quarantine(name, f"not a file of {whose} can write")
                 return None
             data = os.read(fd, _MAX_RECORD + 1)
         finally:

@@ -56,6 +56,8 @@ MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
 CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWUSER: Final = 0x10000000
+_PR_SET_NO_NEW_PRIVS: Final = 38
 
 STATX_TYPE: Final = 0x01
 STATX_MNT_ID: Final = 0x1000
@@ -326,6 +328,20 @@ def unshare(flags: int) -> None:
     """Leave the namespaces named by CLONE_* *flags* for new ones."""
     if _libc.unshare(ctypes.c_int(flags)) < 0:
         raise _fail("unshare")
+
+
+def setns(fd: int, flags: int) -> None:
+    """Join the namespaces named by CLONE_* *flags* of the process whose pidfd *fd* is (5.8)."""
+    if _libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)) < 0:
+        raise _fail("setns")
+
+
+def no_new_privs() -> None:
+    """See to it that nothing this process becomes gains rights by set-id bits or capabilities."""
+    zero = ctypes.c_ulong(0)
+    one = ctypes.c_ulong(1)
+    if _libc.prctl(ctypes.c_int(_PR_SET_NO_NEW_PRIVS), one, zero, zero, zero) < 0:
+        raise _fail("prctl")
 
 
 def statx(fd: int, path: str = "", *, unique: bool = False) -> StatxResult:

@@ -128,6 +128,23 @@ class World:
         except OSError as error:
             raise from_oserror(error, f"making {RUN}") from None
 
+    def cover(self) -> None:
+        """Make a world for this mount namespace alone, over whatever there is.
+
+        :raises OverlaydError: if there is no place for it, or it cannot be made.
+        """
+        try:
+            fd = os.open(RUN, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            message = f"there is no directory {RUN}, which is made at boot"
+            raise KernelError(message, hint="systemd-tmpfiles --create, as root") from None
+        try:
+            self._make(fd)
+        except OSError as error:
+            raise from_oserror(error, f"mounting a tmpfs at {RUN}") from None
+        finally:
+            os.close(fd)
+
     def _make(self, run_fd: int) -> None:
         """Fill a detached tmpfs and attach it: there is no half-made world."""
         mount_fd = overlayfs.make_tmpfs(_SIZE, _INODES)

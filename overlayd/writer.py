@@ -9,13 +9,15 @@ otherwise a source directory of mode 0700 would lock everybody out of the target
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overlayd.errors import SpaceError
+from overlayd import caller
+from overlayd.errors import RefusedError, SpaceError
 from overlayd.model import shown
 from overlayd.walker import (
     OPEN_DIRECTORY,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from overlayd.errors import OverlaydError
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEVER_KEPT: Final = "trusted.overlay."
+_NEVER_KEPT: Final = ("trusted.overlay.", "user.overlay.")
 
 
 @dataclass(slots=True)
@@ -179,9 +181,17 @@ class Writer:
 
 
 def copy_directory_attributes(base: int, dest: int) -> None:
-    """Give directory *dest* mode, owner, attributes, ACLs and times of directory *base*."""
+    """Give directory *dest* mode, owner, attributes, ACLs and times of directory *base*.
+
+    In a user namespace only what its owner may give: the owner there is himself.
+    """
     facts = os.fstat(base)
-    os.fchown(dest, facts.st_uid, facts.st_gid)
+    limited = caller.in_user_namespace()
+    try:
+        os.fchown(dest, facts.st_uid, facts.st_gid)
+    except OSError:
+        if not limited:
+            raise
     try:
         names = os.listxattr(base)
     except OSError as error:
@@ -195,7 +205,8 @@ def copy_directory_attributes(base: int, dest: int) -> None:
             os.setxattr(dest, name, os.getxattr(base, name))
         except OSError as error:
             # user.* does not exist on tmpfs before Linux 6.6; anything else must not be lost.
-            if error.errno != errno.EOPNOTSUPP or not name.startswith("user."):
+            user = error.errno == errno.EOPNOTSUPP and name.startswith("user.")
+            if not (user or limited):
                 raise
     os.fchmod(dest, stat.S_IMODE(facts.st_mode))
     os.utime(dest, ns=(facts.st_atime_ns, facts.st_mtime_ns))
@@ -211,3 +222,32 @@ def make_directory(parent: int, name: str, like: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def lay_directory(top: int, base: int | None, path: str) -> None:
+    """See to it that the layer *top* has the directory *path*, over the *base*'s if that has it.
+
+    Whoever the layer is of can make and remove entries there then.
+
+    :raises RefusedError: if there is something else in the layer or the base.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def opened(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        for name in path.split("/"):
+            try:
+                base = None if (fd := open_base(base, name)) is None else opened(fd)
+                with contextlib.suppress(FileExistsError):
+                    if base is None:
+                        os.mkdir(name, 0o755, dir_fd=top)
+                    else:
+                        os.close(make_directory(top, name, base))
+                top = opened(os.open(name, OPEN_DIRECTORY, dir_fd=top))
+            except OSError as error:
+                if error.errno not in {errno.ENOTDIR, errno.ELOOP}:
+                    raise
+                message = f"{shown(path)} beneath the target is no directory"
+                raise RefusedError(message, hint="--writable-dir takes one") from None

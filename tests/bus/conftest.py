@@ -9,6 +9,7 @@ system tests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -38,6 +40,8 @@ USERS: Final = {
     "last": 2**32 - 3,
 }
 """carol is an administrator.  The others' overlays are permitted by the rules below."""
+MARK: Final = "OVERLAYD_TEST_MARK"
+"""In the environment of what a test starts."""
 _SOCKET: Final = "/run/dbus/system_bus_socket"
 _POLKITD: Final = "/usr/lib/polkit-1/polkitd"
 _TOLD: Final = Path("/run/told/log")
@@ -71,6 +75,7 @@ class Bus(World):
 
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     config: Path = Path("/etc/overlayd/overlayd.toml")
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def begin(self) -> None:
         """Start the bus and polkit."""
@@ -113,6 +118,22 @@ class Bus(World):
         """End everything."""
         for name in [*self.processes][::-1]:
             self.stop(name, signal.SIGTERM if name == "service" else signal.SIGKILL)
+        for user in filter(None, USERS.values()):
+            for pid in self.holders(user):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def holders(self, uid: int) -> list[int]:
+        """Return the processes of this world that keep private overlays of a user."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"overlayd.holder" not in words or os.stat(f"/proc/{pid}").st_uid != uid:
+                    continue
+                if self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(int(pid))
+        return found
 
     def has_name(self, name: str) -> bool:
         """Whether somebody has a name on the bus."""
@@ -149,7 +170,7 @@ class Bus(World):
             timeout=timeout,
             check=False,
             cwd="/",
-            env={**_ENVIRONMENT, **(env or {})},
+            env={**_ENVIRONMENT, MARK: self.mark, **(env or {})},
             user=USERS[user],
             group=USERS[user],
             extra_groups=[],
@@ -242,6 +263,12 @@ def _furnish() -> None:
     _TOLD.touch()
     for path in (_TOLD.parent, _TOLD):
         path.chmod(0o777)
+    # As booting and logging in make them.
+    Path("/run/overlayd").mkdir(mode=0o700)
+    for uid in filter(None, USERS.values()):
+        home = Path(f"/run/user/{uid}")
+        home.mkdir(mode=0o700, parents=True)
+        os.chown(home, uid, uid)
     rules = etc / "polkit-1/rules.d"
     shutil.rmtree(rules, ignore_errors=True)
     rules.mkdir(parents=True)

@@ -180,7 +180,8 @@ class World:
         **options: bool,
     ) -> Overlay:
         """Apply in-process."""
-        request = Request(name, str(source), str(target), Options(**options), size)
+        flags = Options(**options, writable_dirs=())
+        request = Request(name, str(source), str(target), flags, size)
         return (manager or self.manager()).apply(request, Progress())
 
     def base(self, name: str, files: dict[str, str]) -> Path:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _NOBODY = """
 import encodings.ascii, encodings.latin_1, os, shutil, sys, textwrap
-from overlayd import client, batch, cleanup, cli, cli_change, cli_history, cli_look, config, doctor
-from overlayd import examine, manager, ops, reconcile, removal
+from overlayd import batch, cleanup, cli, cli_change, cli_history, cli_look, cli_private, client
+from overlayd import config, doctor, examine, manager, ops, private, reconcile, removal, scopes
 config.load()  # whatever is imported late is imported by now: the interpreter may be root's alone
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)

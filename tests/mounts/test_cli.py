@@ -161,11 +161,11 @@ def test_exit_code_6_is_for_what_is_busy(world: World) -> None:
         assert_error(run("remove", "fix", code=6), "in use", "--lazy")
 
 
-@pytest.mark.parametrize("option", ["", "--allow-other --preserve-owner"])
+@pytest.mark.parametrize("option", ["--preserve-owner", "--allow-other --preserve-owner"])
 def test_exit_code_7_is_for_what_only_root_may(world: World, option: str) -> None:
     base = applied(world)
     done = as_nobody(*f"apply two /run /usr/src/two {option}".split())
-    assert_error(done, "root", hint=not option)
+    assert_error(done, "only root can use --preserve-owner", hint=False)
     assert done.returncode == 7
     assert (base / "a").read_text() == "new a"
 
@@ -260,7 +260,12 @@ KEYS: Final[Mapping[str, object]] = {
     "mount_point": str,
     "mount_id": (int, type(None)),
     "layers": list,
-    "options": {"read_only": bool, "allow_other": bool, "default_permissions": bool},
+    "options": {
+        "read_only": bool,
+        "allow_other": bool,
+        "default_permissions": bool,
+        "writable_dirs": list,
+    },
     "storage": {"size_bytes": int, "used_bytes": int, "inodes": int, "used_inodes": int},
     "deployment": (str, type(None)),
 }
@@ -303,7 +308,12 @@ def test_json_of_every_command_is_the_overlay_as_documented(world: World) -> Non
         "state": "active",
         "version": 1,
         "mount_point": str(base),
-        "options": {"read_only": False, "allow_other": True, "default_permissions": False},
+        "options": {
+            "read_only": False,
+            "allow_other": True,
+            "default_permissions": False,
+            "writable_dirs": [],
+        },
         "deployment": None,
     }
     (layer,) = cast("list[dict[str, object]]", made["layers"])
@@ -362,7 +372,12 @@ def test_default_permissions_and_allow_other_are_recorded_and_change_nothing(wor
     world.manager().reset("fix", 0)
     assert run_json("status", "fix") == {
         **cast("dict[str, object]", run_json("status", "fix")),
-        "options": {"read_only": False, "allow_other": True, "default_permissions": True},
+        "options": {
+            "read_only": False,
+            "allow_other": True,
+            "default_permissions": True,
+            "writable_dirs": [],
+        },
     }
 
 
@@ -524,6 +539,7 @@ def test_several_commands_have_options_before_and_after_their_arguments(world: W
         "read_only": True,
         "allow_other": False,
         "default_permissions": False,
+        "writable_dirs": [],
     }
 
 
@@ -531,7 +547,7 @@ def test_several_commands_have_options_before_and_after_their_arguments(world: W
 
 COMMANDS: Final = (
     *("apply", "list", "status", "reset", "remove"),
-    *("batch", "dump", "cleanup", "doctor", "history", "report"),
+    *("batch", "dump", "cleanup", "doctor", "history", "report", "enter", "run"),
 )
 
 

@@ -21,7 +21,7 @@ from overlayd.errors import (
     RefusedError,
     SpaceError,
 )
-from overlayd.model import Options, Request, State
+from overlayd.model import FLAGS, Options, Request, State
 from tests.unit.conftest import (
     absolute_paths,
     is_one_printable_line,
@@ -46,9 +46,8 @@ def given_file(folder: Path, text: str) -> list[Request]:
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
-    text = f"[[overlay]]\n{GOOD}" + "".join(
-        f"{flag} = true\n" for flag in Options.__dataclass_fields__
-    )
+    text = f"[[overlay]]\n{GOOD}" + "".join(f"{flag} = true\n" for flag in FLAGS)
+    text += 'writable_dirs = ["one", "two/deep"]\n'
     assert given_file(tmp_path, text) == [
         Request(
             name="fix",
@@ -60,11 +59,18 @@ def test_every_key_is_read(tmp_path: Path) -> None:
                 default_permissions=True,
                 preserve_owner=True,
                 allow_critical=True,
+                writable_dirs=("one", "two/deep"),
             ),
         )
     ]
     (request,) = given_file(tmp_path, f'[[overlay]]\n{GOOD}size = "64M"\n')
     assert request.size == 64 << 20
+
+
+@pytest.mark.parametrize("value", ['"one"', "[1]", "true", '["/one"]', '["a/../b"]', '[""]'])
+def test_directories_are_paths_beneath_the_target(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RefusedError, match=r"writable_dirs|beneath TARGET"):
+        given_file(tmp_path, f"[[overlay]]\n{GOOD}writable_dirs = {value}\n")
 
 
 def test_what_is_left_out_has_the_defaults_of_apply(tmp_path: Path) -> None:

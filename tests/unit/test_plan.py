@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayd import mountinfo, ops, plan, removal
+from overlayd import contents, mountinfo, ops, plan, removal
 from overlayd.errors import BusyError, ExistsError, NotFoundError, RefusedError, SpaceError
 from overlayd.model import Layer, Options, Phase, Request, State, Tree, human_size
 from overlayd.mountinfo import Mount, Table
@@ -276,7 +276,7 @@ def planned(defaults: Config, place: Place, *, read_only: bool) -> tuple[Operati
     return plan.plan_apply(record, place, MEASURE, WIDE)
 
 
-_UPPER = [ops.MountStorage, ops.PrepareUpper]
+_UPPER = [contents.MountStorage, contents.PrepareUpper]
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -298,8 +298,8 @@ def test_apply_reserves_fills_builds_and_only_then_attaches(
 ) -> None:
     assert kinds(planned(defaults, place, read_only=read_only)) == [
         ops.Reserve,
-        ops.MountStorage,
-        ops.FillLayer,
+        contents.MountStorage,
+        contents.FillLayer,
         *_UPPER,
         ops.BuildOverlay,
         *entry,
@@ -316,7 +316,7 @@ def test_apply_mounts_at_the_place_and_puts_the_source_where_the_target_is(
     assert [step.mount_point for step in steps if isinstance(step, ops.Attach)] == [
         place.mount_point
     ]
-    assert [step.prefix for step in steps if isinstance(step, ops.FillLayer)] == [place.prefix]
+    assert [step.prefix for step in steps if isinstance(step, contents.FillLayer)] == [place.prefix]
     assert [step.entry for step in steps if isinstance(step, ops.ShowEntry)] == (
         [place.entry] if place.entry else []
     )
@@ -325,7 +325,7 @@ def test_apply_mounts_at_the_place_and_puts_the_source_where_the_target_is(
 
 def test_storage_is_sized_by_what_was_measured_and_by_the_record(defaults: Config) -> None:
     steps = planned(defaults, NEW_PATH, read_only=False)
-    layer, upper = (step for step in steps if isinstance(step, ops.MountStorage))
+    layer, upper = (step for step in steps if isinstance(step, contents.MountStorage))
     assert (layer.which, layer.size) == ("layer", MEASURE.size)
     assert layer.inodes >= MEASURE.entries + len(NEW_PATH.prefix) + 3
     assert (upper.which, upper.size, upper.inodes) == (
@@ -335,14 +335,14 @@ def test_storage_is_sized_by_what_was_measured_and_by_the_record(defaults: Confi
 
 def test_layer_of_an_empty_source_has_a_page(defaults: Config) -> None:
     steps = plan.plan_apply(new_record(defaults), DIRECTORY, Measure(entries=1), WIDE)
-    assert next(step.size for step in steps if isinstance(step, ops.MountStorage)) == 4096
+    assert next(step.size for step in steps if isinstance(step, contents.MountStorage)) == 4096
 
 
 def test_limits_and_owners_reach_the_copy(defaults: Config) -> None:
     record = new_record(defaults, options=Options(preserve_owner=True))
     steps = plan.plan_apply(record, DIRECTORY, MEASURE, WIDE)
-    (fill,) = (step for step in steps if isinstance(step, ops.FillLayer))
-    assert fill == ops.FillLayer("/root/app", (), WIDE, True, 40, 81920)  # noqa: FBT003
+    (fill,) = (step for step in steps if isinstance(step, contents.FillLayer))
+    assert fill == contents.FillLayer("/root/app", (), WIDE, True, 40, 81920)  # noqa: FBT003
 
 
 def test_only_the_end_of_apply_is_decisive(defaults: Config) -> None:
@@ -375,8 +375,8 @@ def test_reset_of_a_writable_overlay_brings_a_fresh_upper_and_drops_the_old_one(
     tree = Tree(version, 5)
     assert ops.Announce(tree) in steps
     assert ops.BuildOverlay(tree) in steps
-    assert ops.PrepareUpper(5) in steps
-    assert ops.MountStorage("upper.5", 64 << 20, 1000) in steps
+    assert contents.PrepareUpper(5) in steps
+    assert contents.MountStorage("upper.5", 64 << 20, 1000) in steps
     assert removal.DropStorage("upper.4") in steps
 
 
@@ -386,7 +386,7 @@ def test_reset_of_a_read_only_overlay_gives_its_empty_top_a_page(version: int) -
         options=Options(read_only=True), tree=Tree(1, 4, 50, 7), size=0, inodes=0
     )
     steps = plan.plan_reset(overlay, version, [])
-    assert ops.MountStorage("upper.5", 4096, 8) in steps
+    assert contents.MountStorage("upper.5", 4096, 8) in steps
     assert removal.DropStorage("upper.4") in steps
     assert ops.BuildOverlay(Tree(version, 5)) in steps
 

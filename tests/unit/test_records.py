@@ -118,7 +118,7 @@ def _damage() -> list[tuple[str, object]]:
         ],
         "entry": [None, *no_text, ".", "..", "a/b", "/"],
         "phase": [None, *no_text, "", "Active", "lost", "active\n"],
-        "scope": [None, *no_text, "", "private", "SYSTEM"],
+        "scope": [None, *no_text, "", "shared", "SYSTEM"],
         "options": [None, [], 1, {}, {"read_only": True}],
         "layers": [None, {}, 1, "x", [1], [None], [{}], [{"version": 1}]],
         "tree": no_tree,
@@ -156,7 +156,7 @@ def _holder(value: object, path: tuple[str | int, ...]) -> dict[str | int, objec
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in _places(plain()) if p[-1] not in {0, "digest"}],
+    [p for p in _places(plain()) if p[-1] not in {0, "digest", "writable_dirs"}],
     ids=lambda p: ".".join(map(str, p)),
 )
 def test_missing_attribute_is_named(path: tuple[str | int, ...]) -> None:

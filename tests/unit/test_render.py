@@ -43,7 +43,12 @@ def test_overlay_object_has_exactly_the_documented_keys() -> None:
                 "digest": None,
             }
         ],
-        "options": {"read_only": False, "allow_other": False, "default_permissions": False},
+        "options": {
+            "read_only": False,
+            "allow_other": False,
+            "default_permissions": False,
+            "writable_dirs": [],
+        },
         "storage": {
             "size_bytes": 64 << 20,
             "used_bytes": 12288,
@@ -67,9 +72,10 @@ def test_overlay_object_has_the_same_keys_in_every_state(state: State) -> None:
 def test_options_are_those_of_the_overlay() -> None:
     options = Options(read_only=True, allow_other=True, default_permissions=True)
     found = render.overlay_object(make_overlay(options=options))
-    assert found["options"] == dict.fromkeys(
-        ["read_only", "allow_other", "default_permissions"], True
-    )
+    assert found["options"] == {
+        **dict.fromkeys(["read_only", "allow_other", "default_permissions"], True),
+        "writable_dirs": [],
+    }
 
 
 def test_error_object_has_exactly_the_documented_keys() -> None:

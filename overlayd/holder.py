@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The process that keeps a user's namespaces while he has private overlays.
+
+    python3 -m overlayd.holder DIRECTORY
+
+It makes them, says in DIRECTORY that it is there, and sleeps.  It ends by SIGTERM, or when that
+directory, which goes with the login session, does not name it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+from overlayd import userns
+from overlayd.errors import OverlaydError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FILE: Final = "holder.json"
+_ENDED: Final = "ZX"
+"""States of a process that is there no more."""
+_LOOK: Final = 5.0
+"""Seconds between two looks at the directory."""
+
+
+def describe(pid: int) -> dict[str, object]:
+    """Return what tells process *pid* from another that has its number later.
+
+    :raises OSError: if there is no such process.
+    """
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    if fields[0] in _ENDED:
+        raise ProcessLookupError(errno.ESRCH, "it has ended")
+    return {"pid": pid, "started": int(fields[19])}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run as a program."""
+    try:
+        (directory,) = argv
+    except ValueError:
+        sys.stderr.write("usage: python3 -m overlayd.holder DIRECTORY\n")
+        return 2
+    os.umask(0o077)
+    own = json.dumps(describe(os.getpid()))
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        userns.begin()
+    except OverlaydError as error:
+        sys.stderr.write(json.dumps({"message": error.message, "hint": error.hint}))
+        return error.exit_code
+    os.chdir("/")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    new = os.open(f"{FILE}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=fd)
+    os.write(new, own.encode())
+    os.close(new)
+    os.rename(f"{FILE}.new", FILE, src_dir_fd=fd, dst_dir_fd=fd)
+    while signal.sigtimedwait([signal.SIGTERM], _LOOK) is None and _read(fd) == own:
+        pass
+    return 0
+
+
+def _read(directory: int) -> str:
+    try:
+        file = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        with open(file, encoding="utf-8") as text:
+            return text.read()
+    except OSError:  # it is gone, and so is the session
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The directory of a user's login session, and the holder process that it names.
+
+Everything here is the user's own: whoever can tamper with it can already do all that it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+from overlayd import holder
+from overlayd.errors import KernelError, OverlaydError, RefusedError, from_oserror
+from overlayd.model import RUN, shown
+from overlayd.observer import owns_world
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+_PATIENCE: Final = 20.0
+"""Seconds that a holder has to be there, or to be gone."""
+
+
+def _directory() -> str:
+    """Return the directory of the login session, or one in /tmp that lasts as long as the boot."""
+    uid = os.getuid()
+    for path in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{uid}"):
+        with contextlib.suppress(OSError):
+            facts = os.stat(path)
+            if path.startswith("/") and facts.st_uid == uid and not facts.st_mode & 0o077:
+                return f"{path}/overlayd"
+    return f"/tmp/overlayd-{uid}"  # noqa: S108  # whose it is is checked
+
+
+@contextlib.contextmanager
+def opened(*, make: bool = False, alone: bool = False) -> Generator[int]:
+    """Open the user's directory, locked: shared, or *alone*; -1 if there is none.
+
+    :raises RefusedError: if it is somebody else's.
+    """
+    path = _directory()
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield -1
+        return
+    except OSError as error:
+        raise from_oserror(error, f"opening {shown(path)}") from None
+    try:
+        facts = os.fstat(fd)
+        if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+            message = f"{shown(path)} has to be yours alone"
+            raise RefusedError(message, hint=f"ls -ld {shown(path)}")
+        fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def find(home: int) -> int | None:
+    """Return the holder's pid if it lives and is what the file says it is."""
+    if home < 0:
+        return None
+    try:
+        file = os.open(holder.FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
+        with open(file, encoding="utf-8") as text:
+            told = json.load(text)
+        pid = int(told["pid"])
+        if holder.describe(pid) != told or os.stat(f"/proc/{pid}").st_uid != os.getuid():
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid
+
+
+def start(home: int) -> int:
+    """Start a holder and wait until it is there; *home* is locked, and shared with others.
+
+    :raises OverlaydError: if it cannot be.
+    """
+    path = os.readlink(f"/proc/self/fd/{home}")
+    # One of those who share the lock starts it.
+    lock = os.open("start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=home)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (found := find(home)) is not None:
+            return found
+        flags = ["-I", "-P"] if sys.flags.isolated else []
+        own = [sys.executable, *flags, "-m", "overlayd.holder", path]
+        error: OverlaydError | None = None
+        for argv in ([*_in_scope(), *own], own):
+            try:
+                return _started(argv, home)
+            except OverlaydError as failed:
+                error = failed
+            if argv == own:
+                break
+        assert error is not None  # noqa: S101
+        raise error
+    finally:
+        os.close(lock)
+
+
+def _in_scope() -> list[str]:
+    """Return what puts a process into a unit of the user's manager, if there is one."""
+    program = shutil.which("systemd-run")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if program is None or not os.path.exists(f"{runtime}/systemd/private"):
+        return []
+    unit = f"overlayd-holder-{os.getpid()}"
+    return [program, "--user", "--scope", "--quiet", "--collect", f"--unit={unit}", "--"]
+
+
+def _started(argv: Sequence[str], home: int) -> int:
+    process = subprocess.Popen(  # noqa: S603
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stderr is not None  # noqa: S101
+    deadline = time.monotonic() + _PATIENCE
+    with process.stderr:
+        while time.monotonic() < deadline:
+            if (found := find(home)) is not None:
+                return found
+            if process.poll() is not None:
+                raise _failed(process.stderr.read())
+            time.sleep(0.01)
+    process.kill()
+    process.wait()
+    raise KernelError("the process that keeps private overlays does not start")
+
+
+def _failed(said: str) -> OverlaydError:
+    try:
+        told = json.loads(said)
+        return KernelError(told["message"], hint=told["hint"])
+    except (ValueError, KeyError, TypeError):
+        last = said.strip().rpartition("\n")[2]
+        message = f"the process that keeps private overlays does not start: {shown(last)}"
+        return KernelError(message)
+
+
+def let_go() -> None:
+    """End the holder if no overlay is left, unless somebody is about to make one."""
+    with contextlib.suppress(BlockingIOError, OverlaydError), opened() as home:
+        if home < 0:
+            return
+        fcntl.flock(home, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = find(home)
+        if found is None or names(found):
+            return
+        pidfd = os.pidfd_open(found)
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            select.select([pidfd], [], [], _PATIENCE)
+        finally:
+            os.close(pidfd)
+
+
+def names(pid: int) -> set[str]:
+    """Return the names of a holder's overlays; they can be read from outside."""
+    folder = f"{'' if owns_world() else f'/proc/{pid}/root'}{RUN}/records"
+    found = set()
+    try:
+        for file in os.listdir(folder):
+            with (
+                contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+                open(f"{folder}/{file}", encoding="utf-8") as text,
+            ):
+                found.add(json.load(text)["name"])
+    except OSError:
+        return {""}  # nobody can say: better to leave it alone
+    return found

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Private overlays: those that a user has without root, seen by what he starts inside alone.
+
+A holder process keeps a user namespace and a mount namespace of the user's; the world in them is
+like root's, and so is the manager.  What changes something is done by a child that enters, so that
+the command itself stays where it was.  Everything here is the user's own: whoever can tamper with
+it can already do all that it does.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
+
+from overlayd import caller, homes, plan, targets, userns
+from overlayd import syscalls as kernel
+from overlayd.errors import (
+    NoPermissionError,
+    NotFoundError,
+    OverlaydError,
+    RefusedError,
+    from_oserror,
+)
+from overlayd.manager import Manager, User
+from overlayd.model import Scope, shown
+from overlayd.observer import Observer, owns_world
+from overlayd.progress import Progress
+from overlayd.store import not_found
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from overlayd.cleanup import Action
+    from overlayd.config import Config
+    from overlayd.executor import Operation
+    from overlayd.model import Overlay, Request
+
+_LOOK: Final = 0.2
+_T = TypeVar("_T")
+
+
+class Private:
+    """What :class:`overlayd.manager.Manager` does, in the namespaces of the calling user."""
+
+    def __init__(
+        self,
+        config: Callable[[], Config],
+        *,
+        warn: Callable[[str], None],
+        trace: Callable[[str, Operation], None] | None = None,
+    ) -> None:
+        """Take what :class:`Manager` takes."""
+        self._load = config
+        self._warn = warn
+        self._trace = trace
+        self._owner = plan.Owner(os.getuid(), caller.session_id())
+
+    # -- what can be asked ---------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether the user has a private overlay of this name, or one that is not settled yet."""
+        with homes.opened() as home:
+            return (found := homes.find(home)) is not None and name in homes.names(found)
+
+    def status(self, name: str) -> Overlay:
+        """Return one overlay.
+
+        :raises NotFoundError: if there is none of this name.
+        """
+        found = self._needed(name)
+        return self._look(found, lambda: Observer(warn=self._warn).status(name))
+
+    def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
+        """Take an overlay back to *version*, as :meth:`Manager.reset` does."""
+        found = self._needed(name)
+        return _inside(found, lambda: self._manager().reset(name, version, progress), progress)
+
+    def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
+        """Remove an overlay, as :meth:`Manager.remove` does; the holder goes with the last one."""
+        found = self._needed(name)
+        gone = _inside(
+            found, lambda: self._manager().remove(name, lazy=lazy, progress=progress), progress
+        )
+        homes.let_go()
+        return gone
+
+    def cleanup(self, *, dry_run: bool = False) -> list[Action]:
+        """Remove what has no use any more, as :meth:`Manager.cleanup` does."""
+        if (found := self._found()) is None:
+            return []
+        done = _inside(found, lambda: self._manager().cleanup(dry_run=dry_run))
+        homes.let_go()
+        return done
+
+    def describe(self, request: Request, progress: Progress) -> list[str]:
+        """Say what an apply would do, having checked everything that can be checked.
+
+        :raises OverlaydError: what the apply would raise.
+        """
+        return self._with_source(request, progress, Manager.describe)
+
+    def apply(self, request: Request, progress: Progress) -> Overlay:
+        """Make an overlay that nobody else sees.
+
+        :raises OverlaydError: and then nothing is left of it.
+        """
+        return self._with_source(request, progress, Manager.apply)
+
+    def _with_source(
+        self,
+        request: Request,
+        progress: Progress,
+        work: Callable[[Manager, Request, Progress, User], _T],
+    ) -> _T:
+        """Do what takes a source, which is what the path leads to where the caller is."""
+        if request.options.preserve_owner:
+            message = "only root can use --preserve-owner"
+            raise NoPermissionError(message)
+        self._load()
+        source = targets.open_source(request.source)
+        try:
+            with homes.opened(make=True) as home:
+                found = homes.find(home) or homes.start(home)
+                user = User(self._owner, source)
+                return _inside(
+                    found, lambda: work(self._manager(), request, progress, user), progress
+                )
+        finally:
+            source.close()
+            homes.let_go()
+
+    def _manager(self) -> Manager:
+        return Manager(self._load, warn=self._warn, trace=self._trace, scope=Scope.PRIVATE)
+
+    @staticmethod
+    def _found() -> int | None:
+        with homes.opened() as home:
+            return homes.find(home)
+
+    @staticmethod
+    def _look(found: int, work: Callable[[], _T]) -> _T:
+        """Do what only looks: by a child that goes in, or here where this is inside already."""
+        return work() if owns_world() else _inside(found, work)
+
+    def _needed(self, name: str) -> int:
+        if (found := self._found()) is None:
+            raise not_found(name)
+        return found
+
+    # -- going in ------------------------------------------------------------------------------
+
+    def enter(self, names: Sequence[str], command: Sequence[str]) -> NoReturn:
+        """Become *command* where the private overlays are seen, of which *names* have to be there.
+
+        :raises NotFoundError: if one of them is not there, or there is no such command.
+        """
+        found = self._needed(names[0])
+        present = {overlay.record.name for overlay in self.list()}
+        for name in names:
+            if name not in present:
+                raise not_found(name)
+        place = _working_directory()
+        _join(found)
+        _become(command, place)
+
+    def run(self, requests: Sequence[Request], command: Sequence[str]) -> NoReturn:
+        """Become *command* with overlays that are its own and go with it.
+
+        :raises OverlaydError: if one of them cannot be made.
+        """
+        self._load()
+        place = _working_directory()
+        sources = [targets.open_source(request.source) for request in requests]
+        userns.begin()
+        manager = self._manager()
+        for request, source in zip(requests, sources, strict=True):
+            manager.apply(request, Progress(), User(self._owner, source))
+        _become(command, place)
+
+    # Last, as the name hides the type within the class from here on.
+    def list(self, *, draining: bool = False) -> list[Overlay]:
+        """Return the user's private overlays, by name.
+
+        :raises OverlaydError: if the records cannot be read.
+        """
+        if (found := self._found()) is None:
+            return []
+        return self._look(found, lambda: Observer(warn=self._warn).list(draining=draining))
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
+
+
+def _become(command: Sequence[str], place: str) -> NoReturn:
+    """Become a command, with no way to more rights than the user has."""
+    try:
+        os.chdir(place)
+    except OSError:
+        os.chdir("/")
+    kernel.no_new_privs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], [*command])  # noqa: S606  # it is the caller's
+    except OSError as error:
+        raise from_oserror(error, f"running {shown(command[0])}") from None
+
+
+# -- work inside -------------------------------------------------------------------------------
+
+
+def _join(pid: int) -> None:
+    """Go where process *pid* is.
+
+    :raises OverlaydError: if it is gone, or this process is there already.
+    """
+    try:
+        if owns_world():
+            message = "this is inside of 'overlayd enter' already"
+            raise RefusedError(message, hint="use another terminal to change private overlays")
+        pidfd = os.pidfd_open(pid)
+        try:
+            userns.join(pidfd)
+        finally:
+            os.close(pidfd)
+    except ProcessLookupError:
+        message = "the process that kept private overlays has ended, and they with it"
+        raise NotFoundError(message) from None
+    except OSError as error:
+        raise from_oserror(error, "entering the namespaces of private overlays") from None
+
+
+def _inside(pid: int, work: Callable[[], _T], progress: Progress | None = None) -> _T:
+    """Have *work* done by a child where process *pid* is, and return what it returns.
+
+    :raises OverlaydError: what it raises.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _work(pid, work, writing)
+    os.close(writing)
+    try:
+        said = _wait(reading, child, progress)
+    finally:
+        os.close(reading)
+        os.waitpid(child, 0)
+    try:
+        kind, value = pickle.loads(said)  # noqa: S301  # a child of ours
+    except (EOFError, pickle.UnpicklingError):
+        raise OverlaydError("the child that does it ended before its time") from None
+    if kind is None:
+        return value  # type: ignore[no-any-return]
+    message, hint = value
+    raise kind(message, hint=hint)
+
+
+def _work(pid: int, work: Callable[[], object], writing: int) -> NoReturn:
+    """Do the child's part."""
+    answer: tuple[object, object]
+    try:
+        _join(pid)
+        answer = None, work()
+    except OverlaydError as error:
+        answer = type(error), (error.message, error.hint)
+    except BaseException as error:  # noqa: BLE001  # it is told, and the child ends
+        answer = OverlaydError, (f"{type(error).__name__}: {error}", None)
+    try:
+        with os.fdopen(writing, "wb") as file:
+            pickle.dump(answer, file)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def _wait(reading: int, child: int, progress: Progress | None) -> bytes:
+    """Return what a child says; pass on the wish to stop, which it may not have heard."""
+    said, told = b"", False
+    while True:
+        if select.select([reading], [], [], _LOOK)[0]:
+            if not (data := os.read(reading, 1 << 16)):
+                return said
+            said += data
+        elif progress is not None and progress.stopped and not told:
+            os.kill(child, signal.SIGTERM)
+            told = True

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A user's overlays of both scopes: his private ones, and what the service has for everybody."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from overlayd.errors import NoPermissionError, ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from overlayd.cleanup import Action
+    from overlayd.client import Client
+    from overlayd.model import Overlay, Request
+    from overlayd.private import Private
+    from overlayd.progress import Progress
+
+
+class Scopes:
+    """What :class:`overlayd.manager.Manager` does, for a user other than root.
+
+    A name means his private overlay if he has one of that name.
+    """
+
+    def __init__(
+        self, private: Private, client: Callable[[], Client], warn: Callable[[str], None]
+    ) -> None:
+        """Ask the service only if it is needed; report oddities to *warn*."""
+        self._private = private
+        self._connect = client
+        self._client: Client | None = None
+        self._warn = warn
+
+    @property
+    def _service(self) -> Client:
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def _of(self, name: str) -> Private | Client:
+        return self._private if self._private.has(name) else self._service
+
+    def describe(self, request: Request, progress: Progress) -> list[str]:
+        """Say what an apply would do.
+
+        :raises OverlaydError: what is wrong with the request.
+        """
+        return self._maker(request).describe(request, progress)
+
+    def apply(self, request: Request, progress: Progress) -> Overlay:
+        """Make an overlay, that everybody sees if the request says so.
+
+        :raises OverlaydError: and then nothing is left of it.
+        """
+        return self._maker(request).apply(request, progress)
+
+    def _maker(self, request: Request) -> Private | Client:
+        return self._service if request.options.allow_other else self._private
+
+    def status(self, name: str) -> Overlay:
+        """Return one overlay.
+
+        :raises NotFoundError: if there is none of this name.
+        """
+        return self._of(name).status(name)
+
+    def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
+        """Take an overlay back to *version*."""
+        return self._of(name).reset(name, version, progress)
+
+    def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
+        """Remove an overlay."""
+        return self._of(name).remove(name, lazy=lazy, progress=progress)
+
+    def limits(self) -> dict[str, tuple[int | None, int]]:
+        """Return the user's limits for overlays that everybody sees."""
+        return self._service.limits()
+
+    def cleanup(self, *, dry_run: bool = False) -> list[Action]:
+        """Remove what has no use any more: of his own, and of everybody's if he may."""
+        own = self._private.cleanup(dry_run=dry_run)
+        try:
+            return own + self._service.cleanup(dry_run=dry_run)
+        except (NoPermissionError, ServiceError) as error:
+            if not own:
+                raise
+            self._warn(f"only your own was cleaned up: {error.message}")
+            return own
+
+    # Last, as the name hides the type within the class from here on.
+    def list(self, *, draining: bool = False) -> list[Overlay]:
+        """Return every overlay, by name, the private ones first.
+
+        :raises OverlaydError: if neither kind can be had.
+        """
+        own = self._private.list(draining=draining)
+        try:
+            return own + self._service.list(draining=draining)
+        except ServiceError as error:
+            if not own:
+                raise
+            self._warn(f"only your own are shown: {error.message}")
+            return own

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A user namespace and a mount namespace of a user's own, in which he may mount without root.
+
+Only his own uid is mapped, so whatever he does in it he does with his own rights on what there is
+outside: files of others' stay as closed to him as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Final
+
+from overlayd import caller
+from overlayd import syscalls as sys
+from overlayd.errors import KernelError
+from overlayd.world import World
+
+BOTH: Final = sys.CLONE_NEWUSER | sys.CLONE_NEWNS
+# Each of them, if it has this value, keeps users from it: file, value, how to change it.
+_SWITCHES: Final = (
+    ("kernel/unprivileged_userns_clone", "0", "sysctl kernel.unprivileged_userns_clone=1"),
+    ("user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=15000"),
+    (
+        "kernel/apparmor_restrict_unprivileged_userns",
+        "1",
+        "sysctl kernel.apparmor_restrict_unprivileged_userns=0",
+    ),
+)
+
+
+def begin() -> None:
+    """Move this process, which has one thread, into new namespaces with a world of their own.
+
+    Mounts that appear outside appear inside as well, and never the other way round.
+
+    :raises KernelError: if users may not do that here, naming the switch.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        sys.unshare(BOTH)
+        _write("setgroups", "deny")
+        _write("uid_map", f"{uid} {uid} 1")
+        _write("gid_map", f"{gid} {gid} 1")
+        entered()
+        sys.mount_propagation("/", sys.MS_REC | sys.MS_SLAVE)
+    except OSError as error:
+        raise closed(error) from None
+    World().cover()
+
+
+def join(pidfd: int) -> None:
+    """Move this process, which has one thread, into the namespaces of another.
+
+    :raises OSError: if that may not be.
+    """
+    sys.setns(pidfd, BOTH)
+    entered()
+
+
+def entered() -> None:
+    """Forget what was true outside."""
+    caller.capable.cache_clear()
+    caller.in_user_namespace.cache_clear()
+
+
+def _write(name: str, text: str) -> None:
+    with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def closed(error: OSError) -> KernelError:
+    """Say which switch keeps users from namespaces, as far as that can be found out."""
+    for name, value, hint in _SWITCHES:
+        with contextlib.suppress(OSError):
+            with open(f"/proc/sys/{name}", encoding="ascii") as file:
+                found = file.read().strip()
+            if found == value:
+                message = f"users may have no user namespace here: {name.replace('/', '.')}={found}"
+                return KernelError(message, hint=hint)
+    message = f"no user namespace can be had: {error.strerror}"
+    return KernelError(message, hint="a container or a security module may forbid it")

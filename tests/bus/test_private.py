@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Private overlays: each user sees his own, and nobody else does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.bus.conftest import COMMAND, USERS
+from tests.mounts.conftest import SOURCES
+from tests.mounts.processes import eventually
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from tests.bus.conftest import Bus
+
+ALICE = Path(f"/run/user/{USERS['alice']}/overlayd")
+
+
+def inside(bus: Bus, user: str, name: str, script: str, code: int = 0) -> str:
+    """Run a shell script where *user*'s private overlays are seen; return what it printed."""
+    done: subprocess.CompletedProcess[str] = bus.overlayd(
+        user, "enter", name, "--", "sh", "-c", script, code=code
+    )
+    return done.stdout
+
+
+def test_private_overlay_is_seen_inside_alone_and_takes_no_root(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base", "sub/deep": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice", "sub/more": "more"})
+    said = bus.overlayd("alice", "apply", "hers", source, base).stdout
+    assert said
+    assert (base / "motd").read_text() == "base"
+    assert inside(bus, "alice", "hers", f"cat {base}/motd {base}/sub/deep") == "alicebase"
+    bus.overlayd("alice", "enter", "hers", "--", "sh", "-c", f"echo edit > {base}/motd")
+    assert inside(bus, "alice", "hers", f"cat {base}/motd") == "edit\n"
+    bus.overlayd("alice", "reset", "hers", "--to", "applied")
+    assert inside(bus, "alice", "hers", f"cat {base}/motd") == "alice"
+    bus.overlayd("alice", "reset", "hers")
+    assert inside(bus, "alice", "hers", f"cat {base}/motd; ls {base}/sub") == "basedeep\n"
+    bus.overlayd("alice", "remove", "hers")
+    assert sorted(os.listdir(ALICE)) == ["holder.json", "start.lock"]
+
+
+def holders(bus: Bus, user: str) -> list[int]:
+    """Return the pids of *user*'s holders."""
+    return bus.holders(USERS[user])
+
+
+def test_two_users_see_their_own_on_the_same_target_and_root_s_beneath(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base", "more": "base"})
+    roots = bus.source("roots", {"root": "root", "motd": "root"})
+    for user in ("alice", "bob"):
+        source = bus.source_of(user, "s", {"motd": user})
+        bus.overlayd(user, "apply", "own", source, base)
+    # What everybody sees comes and goes beneath.
+    bus.run("apply", "roots", roots, base)
+    assert (base / "motd").read_text() == "root"
+    for user in ("alice", "bob"):
+        assert inside(bus, user, "own", f"cat {base}/motd") == user
+        bus.overlayd(user, "reset", "own")
+        assert inside(bus, user, "own", f"cat {base}/motd {base}/root") == "rootroot"
+        bus.overlayd(user, "remove", "own")
+        assert holders(bus, user) == []
+    # And lies there already.
+    bus.overlayd("alice", "apply", "own", bus.source_of("alice", "t", {"motd": "on it"}), base)
+    assert inside(bus, "alice", "own", f"cat {base}/motd {base}/root") == "on itroot"
+    bus.run("remove", "roots", "--lazy")
+    assert (base / "motd").read_text() == "base"
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "on it"
+    bus.overlayd("alice", "remove", "own")
+    assert bus.leftovers() == []
+
+
+def test_list_shows_both_scopes_and_names_are_of_one(bus: Bus) -> None:
+    bases = [bus.base(name, {"motd": "base"}) for name in ("one", "two")]
+    bus.serve()
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "same", source, bases[0], "--allow-other")
+    bus.overlayd("alice", "apply", "same", source, bases[1])
+    listed = bus.json_as("alice", "list")
+    assert isinstance(listed, list)
+    assert [(each["name"], each["scope"], each["owner"]) for each in listed] == [
+        ("same", "private", USERS["alice"]),
+        ("same", "system", USERS["alice"]),
+    ]
+    table = bus.overlayd("alice", "list").stdout.splitlines()
+    assert table[0].split()[:2] == ["NAME", "SCOPE"]
+    others = bus.json_as("bob", "list")
+    assert isinstance(others, list)
+    assert [each["scope"] for each in others] == ["system"]
+    assert "private" in bus.overlayd("alice", "status", "same").stdout
+    bus.overlayd("alice", "apply", "same", source, bases[0], code=4)
+    bus.overlayd("alice", "remove", "same")
+    assert "private" not in bus.overlayd("alice", "status", "same").stdout
+    assert (bases[0] / "motd").read_text() == "alice"
+    bus.overlayd("alice", "remove", "same")
+    assert bus.leftovers() == []
+
+
+def test_what_is_there_is_what_the_documentation_says(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base", "other": "base", "sub/deep": "x", "own/deep": "x"})
+    bus.overlayd("alice", "apply", "own", bus.source_of("alice", "s", {"sub/new": "new"}), base)
+    said = inside(
+        bus,
+        "alice",
+        "own",
+        f"""
+        cd {base}
+        stat -c %U . sub | sort -u
+        rm motd && ls
+        rm sub/deep && mkdir sub/dir && ls sub
+        (echo edit > other) 2>&1 | grep -o 'Permission denied'
+        (echo edit > own/new) 2>&1 | grep -o 'Permission denied'
+        rm other && echo mine > other && cat other
+        """,
+    )
+    assert said.split() == (
+        [*["alice", "other", "own", "sub", "dir", "new"], *["Permission", "denied"] * 2, "mine"]
+    )
+    assert (base / "motd").read_text() == "base"
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_program_that_is_entered_is_as_it_would_be_outside(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    env = {"SOME": "thing", "XDG_RUNTIME_DIR": str(ALICE.parent)}
+
+    def run(*command: str, code: int = 0) -> str:
+        whole = [*COMMAND, "enter", "own", "--", *command]
+        return bus.as_user("alice", *whole, code=code, env=env).stdout
+
+    assert run(
+        "sh", "-c", "echo $SOME; pwd; id -u; id -g"
+    ) == f"thing\n/\n{USERS['alice']}\n" * 1 + (f"{USERS['alice']}\n")
+    run("sh", "-c", "exit 42", code=42)
+    run("sh", "-c", "kill -TERM $$", code=-15)
+    assert bus.as_user("alice", *COMMAND, "enter", "own", "--", "nothing-there", code=3).stderr
+    # A directory that the caller is in.
+    shell = f"cd {source} && exec {' '.join(COMMAND)} enter own -- pwd"
+    assert bus.as_user("alice", "sh", "-c", shell).stdout == f"{source}\n"
+    # A shell if nothing is said, and several names.
+    said = bus.as_user("alice", *COMMAND, "enter", "own", env={"SHELL": "/bin/pwd"}).stdout
+    assert said == "/\n"
+    assert "no overlay 'none'" in bus.overlayd("alice", "enter", "own", "none", code=3).stderr
+    # From inside one can look, and no more.
+    script = f"{' '.join(COMMAND)} {{}}"
+    look = bus.overlayd("alice", "enter", "own", "--", "sh", "-c", script.format("status own"))
+    assert "private" in look.stdout
+    for what in ("enter own", "remove own", "reset own", f"apply more {source} {base}/more"):
+        again = ("enter", "own", "--", "sh", "-c", script.format(what))
+        assert "inside" in bus.overlayd("alice", *again, code=5).stderr
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_run_is_gone_with_its_program(bus: Bus) -> None:
+    bases = [bus.base(name, {"motd": "base\n"}) for name in ("one", "two")]
+    source = bus.source_of("alice", "s", {"motd": "alice\n"})
+    pairs = [f"{source}:{base}" for base in bases]
+    said = bus.overlayd("alice", "run", *pairs, "--", "cat", *(base / "motd" for base in bases))
+    assert said.stdout == "alice\nalice\n"
+    bus.overlayd("alice", "run", pairs[0], "--", "sh", "-c", "exit 7", code=7)
+    assert "not exist" in bus.overlayd("alice", "run", f"/none:{bases[0]}", code=3).stderr
+    assert "SOURCE:TARGET" in bus.overlayd("alice", "run", "nothing", code=2).stderr
+    assert holders(bus, "alice") == []
+    assert not ALICE.exists()
+    assert {(base / "motd").read_text() for base in bases} == {"base\n"}
+
+
+def test_nothing_inside_gains_rights(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    shutil.copy("/bin/cat", base / "cat")
+    (base / "cat").chmod(0o4755)
+    secret = bus.base("secret", {"motd": "secret"})
+    (secret / "motd").chmod(0o600)
+    assert bus.as_user("alice", base / "cat", secret / "motd").stdout == "secret"
+    source = bus.source_of("alice", "s", {"motd": "alice", "libc.so.6": "evil"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    said = inside(
+        bus,
+        "alice",
+        "own",
+        f"""
+        {base}/cat {secret}/motd 2>&1 | grep -o 'Permission denied'
+        grep -E '^(NoNewPrivs|CapEff|CapPrm)' /proc/self/status | tr -d '\\t'
+        cat /proc/self/uid_map | tr -s ' '
+        umount {base} 2>&1 | wc -l
+        """,
+    )
+    uid = USERS["alice"]
+    assert said.splitlines() == [
+        "Permission denied",
+        "CapPrm:0000000000000000",
+        "CapEff:0000000000000000",
+        "NoNewPrivs:1",
+        f" {uid} {uid} 1",
+        "1",
+    ]
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_others_cannot_go_in_nor_touch_what_is_there(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    [pid] = holders(bus, "alice")
+    for command in (
+        ["nsenter", f"--target={pid}", "--user", "--mount", "cat", str(base / "motd")],
+        ["cat", f"/proc/{pid}/root{base}/motd"],
+        ["ls", str(ALICE)],
+        ["kill", str(pid)],
+        ["kill", "-STOP", str(pid)],
+    ):
+        assert bus.as_user("bob", *command, code=None).returncode != 0, command
+    for arguments in (["remove", "own"], ["reset", "own"], ["enter", "own"], ["status", "own"]):
+        assert bus.overlayd("bob", *arguments, code=None).returncode in {3, 10}
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_directory_of_somebody_else_is_refused(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    ALICE.mkdir(mode=0o700)  # root's
+    assert bus.overlayd("alice", "apply", "own", source, base, code=None).returncode in {5, 7}
+    os.chown(ALICE, USERS["alice"], USERS["alice"])
+    ALICE.chmod(0o770)
+    assert "yours alone" in bus.overlayd("alice", "apply", "own", source, base, code=5).stderr
+    assert holders(bus, "alice") == []
+
+
+def test_holder_that_is_killed_or_stopped_harms_nobody(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    for user in ("alice", "bob"):
+        bus.overlayd(user, "apply", "own", bus.source_of(user, "s", {"motd": user}), base)
+    [pid] = holders(bus, "alice")
+    os.kill(pid, signal.SIGSTOP)
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: holders(bus, "alice") == [], 10)
+    assert bus.overlayd("alice", "enter", "own", code=None).returncode in {3, 10}
+    bus.overlayd("alice", "apply", "own", SOURCES / "alice/s", base)
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    assert inside(bus, "bob", "own", f"cat {base}/motd") == "bob"
+    for user in ("alice", "bob"):
+        bus.overlayd(user, "remove", "own")
+    assert bus.leftovers() == []
+
+
+def test_files_that_the_user_forges_do_no_harm(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    [pid] = holders(bus, "alice")
+    good = (ALICE / "holder.json").read_text()
+    for text in ("", "{}", "[]", '{"pid": 1, "started": 0}', good.replace(str(pid), "-1")):
+        (ALICE / "holder.json").write_text(text)
+        assert bus.overlayd("alice", "enter", "own", code=None).returncode in {3, 10}
+    (ALICE / "holder.json").write_text(good)
+    inside(bus, "alice", "own", "echo { > /run/overlayd/records/junk.json")
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    bus.overlayd("alice", "cleanup", code=None)
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_full_storage_is_an_error_of_the_one_who_fills_it(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base, "--size", "1M")
+    fill = f"head -c 4M /dev/zero > {base}/large 2>&1; ls -l {base}/large | cut -d' ' -f5"
+    assert 0 < int(inside(bus, "alice", "own", fill).split()[-1]) <= 1 << 20
+    bus.overlayd("alice", "reset", "own", "--to", "applied")
+    assert inside(bus, "alice", "own", f"ls {base}") == "motd\n"
+    bus.config.write_text("[users]\noverlays = 1\n")
+    more = bus.overlayd("alice", "apply", "more", source, bus.base("other", {}), code=8).stderr
+    assert "users.overlays" in more
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_where_users_may_have_no_namespaces_the_switch_is_named(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    # Of a namespace around, so that nobody else is kept from anything.
+    around = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c"]
+    script = f"""
+        echo 0 > /proc/sys/user/max_user_namespaces || exit 99
+        {" ".join(COMMAND)} apply own {source} {base}
+        {" ".join(COMMAND)} run {source}:{base} -- true
+    """
+    said = bus.as_user("alice", *around, script, code=9).stderr
+    assert said.count("user.max_user_namespaces=0") == 2, said
+    assert said.count("hint: sysctl user.max_user_namespaces=") == 2
+    assert holders(bus, "alice") == []
+
+
+def test_applies_at_the_same_time_share_one_holder(bus: Bus) -> None:
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bases = [bus.base(f"lib{number}", {"motd": "base"}) for number in range(6)]
+    script = "".join(
+        f"{' '.join(COMMAND)} apply own-{number} {source} {base} & "
+        for number, base in enumerate(bases)
+    )
+    bus.as_user("alice", "sh", "-c", f"{script} wait")
+    assert len(holders(bus, "alice")) == 1
+    seen = inside(bus, "alice", "own-0", f"cat {' '.join(f'{base}/motd' for base in bases)}")
+    assert seen == "alice" * 6
+    assert bus.overlayd("alice", "remove", "--all", code=None).returncode in {0, 10}
+    assert holders(bus, "alice") == []
+
+
+def test_writable_directory_of_the_base_takes_entries_and_edits_by_replacing(bus: Bus) -> None:
+    files = {"motd": "base", "conf/one": "one", "conf/deep/two": "two", "file": "x", "link": "-> /"}
+    base = bus.base("lib", files)
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd(
+        *("alice", "apply", "own", source, base, "--writable-dir", "conf/deep"),
+        *("--writable-dir", "new/here"),
+    )
+    said = inside(
+        bus,
+        "alice",
+        "own",
+        f"cd {base}; echo 3 > conf/deep/three; rm conf/deep/two; echo 1 > conf/more; ls conf/*;"
+        " echo x > new/here/y; stat -c '%U %a' conf new/here",
+    )
+    assert said.split() == [
+        *("conf/more", "conf/one", "conf/deep:", "three", "alice", "755", "alice", "755"),
+    ]
+    dumped = bus.overlayd("alice", "dump", code=None).stdout
+    bus.overlayd("alice", "remove", "own")
+    if dumped:
+        file = source.parent / "dumped.toml"
+        file.write_text(dumped)
+        bus.overlayd("alice", "batch", file)
+        assert inside(bus, "alice", "own", f"echo > {base}/conf/deep/again; echo ok") == "ok\n"
+        bus.overlayd("alice", "remove", "own")
+    for wrong in ("/conf", "../x", "", "a//b"):
+        bus.overlayd("alice", "apply", "own", source, base, "--writable-dir", wrong, code=5)
+    for nothing in ("file", "file/x", "link"):
+        said = bus.overlayd(
+            "alice", "apply", "own", source, base, "--writable-dir", nothing, code=5
+        ).stderr
+        assert "no directory" in said
+    again = ("apply", "own", source, base, "--writable-dir", "conf")
+    bus.overlayd("alice", *again, "--allow-other", code=2)
+    bus.run(*again, code=2)
+    assert holders(bus, "alice") == []
