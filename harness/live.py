@@ -73,7 +73,7 @@ grep -rlx "$old" $OSTREE_REPO/refs/heads | xargs -r sed -i "s/$old/$new/"
 # What a boot would do with what is new.
 _START: Final = """
 set -e
-systemd-tmpfiles --create --prefix=/var
+systemd-tmpfiles --create --prefix=/var --prefix=/run
 systemctl daemon-reload
 systemctl start multi-user.target
 """

@@ -67,6 +67,7 @@ findmnt -rn -t overlay -o TARGET,SOURCE | awk '$2 ~ /^overlayd:/ {print $1}' |
 while IFS= read -r target; do umount -l "$(printf '%b' "$target")"; done
 umount -R -l /run/overlayd
 rm -rf /run/overlayd
+mkdir -m 700 /run/overlayd  # as a boot does
 """
 
 
