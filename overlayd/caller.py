@@ -6,12 +6,17 @@ Nothing here is taken from the environment: ``SUDO_UID`` and the like say what t
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import cache, partial
 from typing import Final
 
+from overlayd.model import RUN
+
 _UNSET: Final = 0xFFFFFFFF
 _CAP_SYS_ADMIN: Final = 21
+_ENDED: Final = "ZX"
+"""States of a process that is there no more."""
 
 
 @cache
@@ -44,6 +49,26 @@ def in_user_namespace() -> bool:
     """
     with open("/proc/self/uid_map", encoding="ascii") as file:
         return file.read().split() != ["0", "0", str(_UNSET)]
+
+
+def owns_world() -> bool:
+    """Whether this is inside of a private world of the caller's, where he may look at least."""
+    try:
+        return os.stat(RUN).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def identity(pid: int) -> dict[str, object]:
+    """Return what tells process *pid* from another that has its number later.
+
+    :raises OSError: if there is no such process.
+    """
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    if fields[0] in _ENDED:
+        raise ProcessLookupError(errno.ESRCH, "it has ended")
+    return {"pid": pid, "started": int(fields[19])}
 
 
 @cache

@@ -23,7 +23,6 @@ from overlayd.errors import (
     UsageError,
 )
 from overlayd.model import shown
-from overlayd.observer import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from overlayd.history import Attempt
     from overlayd.manager import Manager
     from overlayd.model import Overlay
+    from overlayd.observer import Observer
     from overlayd.private import Private
     from overlayd.render import TerminalProgress
     from overlayd.scopes import Scopes
@@ -71,7 +71,11 @@ class Common:
         """
         if self.config is not None:
             self.load()
-        return Observer(warn=self.warn) if os.geteuid() == 0 else self._scopes()
+        if os.geteuid() != 0:
+            return self._scopes()
+        from overlayd.observer import Observer  # noqa: PLC0415  # for root alone
+
+        return Observer(warn=self.warn)
 
     def manager(self) -> Manager | Scopes:
         """Return what changes overlays; it takes a while to load.

@@ -30,11 +30,14 @@ def enter(common: Common, *, words: tuple[str, ...]) -> None:
       overlayd enter fix
       overlayd enter fix -- app --version
     """  # noqa: D301
+    del common  # its options are every command's
     _outside_of_root()
     names, command = _split(words)
     if not names:
         raise click.UsageError("Give the NAME of a private overlay.")
-    common.private().enter(names, command)
+    from overlayd import entrance  # noqa: PLC0415  # after what is wrong with the words
+
+    entrance.enter(names, command)
 
 
 @click.command(short_help="Run a program that alone sees some overlays.", context_settings=_REST)

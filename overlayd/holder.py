@@ -9,36 +9,21 @@ directory, which goes with the login session, does not name it any more.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
-from overlayd import userns
+from overlayd import caller, userns
 from overlayd.errors import OverlaydError
+from overlayd.homes import FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FILE: Final = "holder.json"
-_ENDED: Final = "ZX"
-"""States of a process that is there no more."""
 _LOOK: Final = 5.0
 """Seconds between two looks at the directory."""
-
-
-def describe(pid: int) -> dict[str, object]:
-    """Return what tells process *pid* from another that has its number later.
-
-    :raises OSError: if there is no such process.
-    """
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        fields = file.read().rpartition(")")[2].split()
-    if fields[0] in _ENDED:
-        raise ProcessLookupError(errno.ESRCH, "it has ended")
-    return {"pid": pid, "started": int(fields[19])}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write("usage: python3 -m overlayd.holder DIRECTORY\n")
         return 2
     os.umask(0o077)
-    own = json.dumps(describe(os.getpid()))
+    own = json.dumps(caller.identity(os.getpid()))
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         userns.begin()

@@ -11,21 +11,19 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd import holder
+from overlayd import caller
 from overlayd.errors import KernelError, OverlaydError, RefusedError, from_oserror
 from overlayd.model import RUN, shown
-from overlayd.observer import owns_world
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
+FILE: Final = "holder.json"
 _PATIENCE: Final = 20.0
 """Seconds that a holder has to be there, or to be gone."""
 
@@ -74,11 +72,11 @@ def find(home: int) -> int | None:
     if home < 0:
         return None
     try:
-        file = os.open(holder.FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
+        file = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=home)
         with open(file, encoding="utf-8") as text:
             told = json.load(text)
         pid = int(told["pid"])
-        if holder.describe(pid) != told or os.stat(f"/proc/{pid}").st_uid != os.getuid():
+        if caller.identity(pid) != told or os.stat(f"/proc/{pid}").st_uid != os.getuid():
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -115,6 +113,8 @@ def start(home: int) -> int:
 
 def _in_scope() -> list[str]:
     """Return what puts a process into a unit of the user's manager, if there is one."""
+    import shutil  # noqa: PLC0415  # entering needs none of it
+
     program = shutil.which("systemd-run")
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if program is None or not os.path.exists(f"{runtime}/systemd/private"):
@@ -124,6 +124,8 @@ def _in_scope() -> list[str]:
 
 
 def _started(argv: Sequence[str], home: int) -> int:
+    import subprocess  # noqa: PLC0415
+
     process = subprocess.Popen(  # noqa: S603
         argv,
         stdin=subprocess.DEVNULL,
@@ -175,7 +177,7 @@ def let_go() -> None:
 
 def names(pid: int) -> set[str]:
     """Return the names of a holder's overlays; they can be read from outside."""
-    folder = f"{'' if owns_world() else f'/proc/{pid}/root'}{RUN}/records"
+    folder = f"{'' if caller.owns_world() else f'/proc/{pid}/root'}{RUN}/records"
     found = set()
     try:
         for file in os.listdir(folder):

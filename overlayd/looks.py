@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import __version__, history, interface, polkit, wire
 from overlayd.errors import NoPermissionError, NotFoundError, RefusedError
-from overlayd.model import shown
+from overlayd.model import not_found, shown
 from overlayd.observer import Observer
 from overlayd.polkit import Action
-from overlayd.store import not_found
 
 if TYPE_CHECKING:
     from collections.abc import Callable

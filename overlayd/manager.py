@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from overlayd import caller, mountinfo, ostree, overlayfs, plan, state
 from overlayd.errors import OverlaydError
 from overlayd.executor import Executor, Run
-from overlayd.model import TAG_PREFIX, Overlay, Scope, State, check_name
+from overlayd.model import TAG_PREFIX, Overlay, Scope, State, check_name, not_found
 from overlayd.mountinfo import own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress
-from overlayd.store import LAYER, not_found, storage_path, upper_name
+from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

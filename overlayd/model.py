@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from overlayd.errors import RefusedError
+from overlayd.errors import NotFoundError, RefusedError
 
 USR: Final = "/usr"
 RUN: Final = "/run/overlayd"
@@ -187,6 +187,12 @@ def check_name(name: str) -> str:
         text,
         hint="1 to 64 of A-Z a-z 0-9 _ -, the first a letter or a digit",
     )
+
+
+def not_found(name: str) -> NotFoundError:
+    """Return the error for a name that no overlay has."""
+    message = f"there is no overlay {shown(name)!r}"
+    return NotFoundError(message, hint="'overlayd list' shows what there is")
 
 
 def check_writable_dir(path: str) -> str:

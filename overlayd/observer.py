@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
 from overlayd import caller, state
 from overlayd.errors import BusyError, NoPermissionError, NotFoundError
-from overlayd.model import RUN, Overlay, Phase, State, check_name
+from overlayd.model import Overlay, Phase, State, check_name, not_found
 from overlayd.mountinfo import Watcher
-from overlayd.store import Store, not_found
+from overlayd.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,14 +25,6 @@ _WORLD_PATIENCE: Final = 2.0
 _LOOKS: Final = 5
 
 
-def owns_world() -> bool:
-    """Whether this is inside of a private world of the caller's, where he may look at least."""
-    try:
-        return os.stat(RUN).st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
 class Observer:
     """What can be seen of overlays; every look first finishes what a crash cut short."""
 
@@ -42,7 +33,7 @@ class Observer:
 
         :raises NoPermissionError: for callers other than root.
         """
-        if not (caller.capable() or owns_world()):
+        if not (caller.capable() or caller.owns_world()):
             message = "overlayd needs root"
             raise NoPermissionError(message, hint="run it with sudo")
         self._warn = warn

@@ -16,20 +16,15 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from overlayd import caller, homes, plan, targets, userns
-from overlayd import syscalls as kernel
+from overlayd import caller, entrance, homes, plan, targets, userns
 from overlayd.errors import (
     NoPermissionError,
-    NotFoundError,
     OverlaydError,
-    RefusedError,
-    from_oserror,
 )
 from overlayd.manager import Manager, User
-from overlayd.model import Scope, shown
-from overlayd.observer import Observer, owns_world
+from overlayd.model import RUN, Scope, not_found
+from overlayd.observer import Observer
 from overlayd.progress import Progress
-from overlayd.store import not_found
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -108,7 +103,15 @@ class Private:
 
         :raises OverlaydError: and then nothing is left of it.
         """
-        return self._with_source(request, progress, Manager.apply)
+        return self._with_source(request, progress, self._apply)
+
+    def _apply(self, manager: Manager, request: Request, progress: Progress, user: User) -> Overlay:
+        if not (request.options.read_only or _keeps_attributes()):
+            self._warn(
+                "this kernel (before Linux 6.6) lets no directory of the base be removed or renamed"
+                " in a private overlay"
+            )
+        return manager.apply(request, progress, user)
 
     def _with_source(
         self,
@@ -144,28 +147,14 @@ class Private:
     @staticmethod
     def _look(found: int, work: Callable[[], _T]) -> _T:
         """Do what only looks: by a child that goes in, or here where this is inside already."""
-        return work() if owns_world() else _inside(found, work)
+        return work() if caller.owns_world() else _inside(found, work)
 
     def _needed(self, name: str) -> int:
         if (found := self._found()) is None:
             raise not_found(name)
         return found
 
-    # -- going in ------------------------------------------------------------------------------
-
-    def enter(self, names: Sequence[str], command: Sequence[str]) -> NoReturn:
-        """Become *command* where the private overlays are seen, of which *names* have to be there.
-
-        :raises NotFoundError: if one of them is not there, or there is no such command.
-        """
-        found = self._needed(names[0])
-        present = {overlay.record.name for overlay in self.list()}
-        for name in names:
-            if name not in present:
-                raise not_found(name)
-        place = _working_directory()
-        _join(found)
-        _become(command, place)
+    # -- for once ------------------------------------------------------------------------------
 
     def run(self, requests: Sequence[Request], command: Sequence[str]) -> NoReturn:
         """Become *command* with overlays that are its own and go with it.
@@ -173,13 +162,13 @@ class Private:
         :raises OverlaydError: if one of them cannot be made.
         """
         self._load()
-        place = _working_directory()
+        place = entrance.working_directory()
         sources = [targets.open_source(request.source) for request in requests]
         userns.begin()
         manager = self._manager()
         for request, source in zip(requests, sources, strict=True):
             manager.apply(request, Progress(), User(self._owner, source))
-        _become(command, place)
+        entrance.become(command, place)
 
     # Last, as the name hides the type within the class from here on.
     def list(self, *, draining: bool = False) -> list[Overlay]:
@@ -192,52 +181,17 @@ class Private:
         return self._look(found, lambda: Observer(warn=self._warn).list(draining=draining))
 
 
-def _working_directory() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return "/"
-
-
-def _become(command: Sequence[str], place: str) -> NoReturn:
-    """Become a command, with no way to more rights than the user has."""
-    try:
-        os.chdir(place)
-    except OSError:
-        os.chdir("/")
-    kernel.no_new_privs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        os.execvp(command[0], [*command])  # noqa: S606  # it is the caller's
-    except OSError as error:
-        raise from_oserror(error, f"running {shown(command[0])}") from None
-
-
 # -- work inside -------------------------------------------------------------------------------
 
 
-def _join(pid: int) -> None:
-    """Go where process *pid* is.
-
-    :raises OverlaydError: if it is gone, or this process is there already.
-    """
+def _keeps_attributes() -> bool:
+    """Whether a tmpfs keeps ``user.*`` attributes, by which an overlay hides directories."""
     try:
-        if owns_world():
-            message = "this is inside of 'overlayd enter' already"
-            raise RefusedError(message, hint="use another terminal to change private overlays")
-        pidfd = os.pidfd_open(pid)
-        try:
-            userns.join(pidfd)
-        finally:
-            os.close(pidfd)
-    except ProcessLookupError:
-        message = "the process that kept private overlays has ended, and they with it"
-        raise NotFoundError(message) from None
-    except OSError as error:
-        raise from_oserror(error, "entering the namespaces of private overlays") from None
+        os.setxattr(RUN, "user.overlayd", b"1")
+        os.removexattr(RUN, "user.overlayd")
+    except OSError:
+        return False
+    return True
 
 
 def _inside(pid: int, work: Callable[[], _T], progress: Progress | None = None) -> _T:
@@ -272,7 +226,7 @@ def _work(pid: int, work: Callable[[], object], writing: int) -> NoReturn:
     """Do the child's part."""
     answer: tuple[object, object]
     try:
-        _join(pid)
+        entrance.join(pid)
         answer = None, work()
     except OverlaydError as error:
         answer = type(error), (error.message, error.hint)

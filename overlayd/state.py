@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from overlayd import mountinfo
 from overlayd import syscalls as sys
-from overlayd.model import Overlay, Phase, State, Storage
-from overlayd.store import LAYER, not_found, storage_path, upper_name
+from overlayd.model import Overlay, Phase, State, Storage, not_found
+from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

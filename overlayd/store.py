@@ -19,11 +19,10 @@ from overlayd import overlayfs, records
 from overlayd import syscalls as sys
 from overlayd.errors import (
     BusyError,
-    NotFoundError,
     OverlaydError,
     from_oserror,
 )
-from overlayd.model import RUN, UUID, Phase, Record, shown
+from overlayd.model import RUN, UUID, Phase, Record, not_found, shown
 from overlayd.world import World, write_whole
 
 if TYPE_CHECKING:
@@ -376,12 +375,6 @@ class Store(World):
             for part in os.listdir(top):
                 _unmount_all(f"{top}/{part}")
             os.rmdir(top)
-
-
-def not_found(name: str) -> NotFoundError:
-    """Return the error for a name that no overlay has."""
-    message = f"there is no overlay {shown(name)!r}"
-    return NotFoundError(message, hint="'overlayd list' shows what there is")
 
 
 def _is_mount(path: str) -> bool:

@@ -14,7 +14,6 @@ from typing import Final
 from overlayd import caller
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError
-from overlayd.world import World
 
 BOTH: Final = sys.CLONE_NEWUSER | sys.CLONE_NEWNS
 # Each of them, if it has this value, keeps users from it: file, value, how to change it.
@@ -46,6 +45,8 @@ def begin() -> None:
         sys.mount_propagation("/", sys.MS_REC | sys.MS_SLAVE)
     except OSError as error:
         raise closed(error) from None
+    from overlayd.world import World  # noqa: PLC0415  # joining needs none of it
+
     World().cover()
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Into the namespaces of private overlays, for good: a program that sees them.
+
+Loads little, as ``enter`` is to start quickly.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from overlayd import caller, homes, userns
+from overlayd import syscalls as kernel
+from overlayd.errors import NotFoundError, RefusedError, from_oserror
+from overlayd.model import not_found, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def enter(names: Sequence[str], command: Sequence[str]) -> NoReturn:
+    """Become *command* where the private overlays are seen, of which *names* have to be there.
+
+    :raises NotFoundError: if one of them is not there, or there is no such command.
+    """
+    with homes.opened() as home:
+        found = homes.find(home)
+    present = set() if found is None else homes.names(found)
+    for name in names:
+        if found is None or name not in present:
+            raise not_found(name)
+    assert found is not None  # noqa: S101  # some names there are
+    place = working_directory()
+    join(found)
+    become(command, place)
+
+
+def working_directory() -> str:
+    """Return where this process is; the root if that is gone."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return "/"
+
+
+def become(command: Sequence[str], place: str) -> NoReturn:
+    """Become a command, with no way to more rights than the user has."""
+    try:
+        os.chdir(place)
+    except OSError:
+        os.chdir("/")
+    kernel.no_new_privs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], [*command])  # noqa: S606  # it is the caller's
+    except OSError as error:
+        raise from_oserror(error, f"running {shown(command[0])}") from None
+
+
+def join(pid: int) -> None:
+    """Go where process *pid* is.
+
+    :raises OverlaydError: if it is gone, or this process is there already.
+    """
+    try:
+        if caller.owns_world():
+            message = "this is inside of 'overlayd enter' already"
+            raise RefusedError(message, hint="use another terminal to change private overlays")
+        pidfd = os.pidfd_open(pid)
+        try:
+            userns.join(pidfd)
+        finally:
+            os.close(pidfd)
+    except ProcessLookupError:
+        message = "the process that kept private overlays has ended, and they with it"
+        raise NotFoundError(message) from None
+    except OSError as error:
+        raise from_oserror(error, "entering the namespaces of private overlays") from None
