@@ -17,7 +17,7 @@ from overlayd.model import shown
 
 _LOOK: Final = {"list": "list_", "status": "", "dump": "", "doctor": "", "cleanup": ""}
 _CHANGE: Final = ("apply", "reset", "remove", "batch")
-_PRIVATE: Final = ("enter", "run")
+_PRIVATE: Final = ("enter", "run", "attach", "detach")
 _PAST: Final = ("history", "report")
 
 

@@ -60,6 +60,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in Debian
 @stateroot_option
 @click.option("--allow-critical", is_flag=True, help="Permit a target the system depends on.")
 @click.option("--preserve-owner", is_flag=True, help="Keep owners; otherwise all is root's.")
+@click.option("--private", is_flag=True, help="Only 'enter' shows it; so for users anyway.")
 @click.option(
     "--writable-dir",
     "writable_dirs",
@@ -82,6 +83,7 @@ def apply(  # noqa: PLR0913  # one parameter per option
     stateroot: str | None,
     allow_critical: bool,
     preserve_owner: bool,
+    private: bool,
     writable_dirs: tuple[str, ...],
     size: int | None,
     dry_run: bool,
@@ -102,6 +104,8 @@ def apply(  # noqa: PLR0913  # one parameter per option
     if read_only and size is not None:
         message = "--size is the room for edits, and --read-only has none"
         raise click.UsageError(message)
+    if private and allow_other:
+        raise click.UsageError("An overlay is either --private or everybody's: --allow-other.")
     if writable_dirs and (allow_other or os.geteuid() == 0):
         message = "--writable-dir is for private overlays; in others root can write everywhere"
         raise click.UsageError(message)
@@ -125,9 +129,10 @@ def apply(  # noqa: PLR0913  # one parameter per option
             target=absolute(target, "TARGET"),
             options=options,
             size=size,
+            private=private,
         )
         noted.about(name, target=request.target, source=request.source)
-        manager = common.manager()
+        manager = common.manager(private=private)
         if dry_run:
             steps = manager.describe(request, progress)
         else:

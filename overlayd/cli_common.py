@@ -22,7 +22,7 @@ from overlayd.errors import (
     ServiceError,
     UsageError,
 )
-from overlayd.model import shown
+from overlayd.model import ROOTS, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,24 +71,30 @@ class Common:
         """
         if self.config is not None:
             self.load()
-        if os.geteuid() != 0:
+        if self._has_private():
             return self._scopes()
         from overlayd.observer import Observer  # noqa: PLC0415  # for root alone
 
         return Observer(warn=self.warn)
 
-    def manager(self) -> Manager | Scopes:
-        """Return what changes overlays; it takes a while to load.
+    def manager(self, *, private: bool = False) -> Manager | Scopes:
+        """Return what changes overlays, *private* ones of root's too; it takes a while to load.
 
         For root that is done by this process; for others in their own namespaces, or by the
         service.
         """
-        return self.own_manager() if os.geteuid() == 0 else self._scopes()
+        return self._scopes() if private or self._has_private() else self.own_manager()
+
+    @staticmethod
+    def _has_private() -> bool:
+        """Whether there may be private overlays of the caller's: root has them rarely."""
+        return os.geteuid() != 0 or os.path.exists(ROOTS)
 
     def _scopes(self) -> Scopes:
-        from overlayd.scopes import Scopes  # noqa: PLC0415  # root needs none of it
+        from overlayd.scopes import Scopes  # noqa: PLC0415  # root needs it rarely
 
-        return Scopes(self.private(), self.client, self.warn)
+        system = self.own_manager if os.geteuid() == 0 else self.client
+        return Scopes(self.private(), system, self.warn)
 
     def private(self) -> Private:
         """Return what does private overlays."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands that show private overlays to a program: enter, run."""
+"""The commands that show private overlays to programs: enter, run, attach, detach."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pwd
 
 import click
 
-from overlayd.cli_common import Common, absolute, common_options
-from overlayd.errors import RefusedError
+from overlayd import render
+from overlayd.cli_common import Common, absolute, common_options, complete_names, recorded
+from overlayd.errors import NoPermissionError
 from overlayd.model import Options, Request
 
 _REST = {"allow_interspersed_args": False}
@@ -23,6 +24,7 @@ def enter(common: Common, *, words: tuple[str, ...]) -> None:
 
     All of your private overlays are seen there, and what everybody sees, too. Any number of
     programs can be there at a time. Nothing in there gains rights: sudo and its like do not work.
+    Root makes private overlays by 'overlayd apply --private'.
 
     \b
     Examples:
@@ -31,7 +33,6 @@ def enter(common: Common, *, words: tuple[str, ...]) -> None:
       overlayd enter fix -- app --version
     """  # noqa: D301
     del common  # its options are every command's
-    _outside_of_root()
     names, command = _split(words)
     if not names:
         raise click.UsageError("Give the NAME of a private overlay.")
@@ -53,7 +54,6 @@ def run(common: Common, *, words: tuple[str, ...]) -> None:
       overlayd run ./share/app:/usr/share/app -- app --version
       overlayd run ./lib:/usr/lib/app ./share:/usr/share/app
     """  # noqa: D301
-    _outside_of_root()
     pairs, command = _split(words)
     if not pairs:
         raise click.UsageError("Give at least one SOURCE:TARGET.")
@@ -74,6 +74,75 @@ def run(common: Common, *, words: tuple[str, ...]) -> None:
     common.private().run(requests, command)
 
 
+_unit = click.option("--unit", metavar="UNIT", help="The service, such as foo.service.")
+_restart = click.option("--restart", is_flag=True, help="Start it again now, if it runs.")
+
+
+@click.command(short_help="Show a private overlay of root's to one service.")
+@click.argument("name", shell_complete=complete_names)
+@_unit
+@_restart
+@common_options
+def attach(common: Common, *, name: str, unit: str | None, restart: bool) -> None:
+    """Show the private overlay NAME to the service UNIT alone, from its next start on.
+
+    By a drop-in below /run, which 'overlayd detach', 'overlayd remove' or a reboot takes back.
+
+    \b
+    Examples:
+      overlayd apply fix ./lib /usr/lib/food --private
+      overlayd attach fix --unit food.service --restart
+    """  # noqa: D301
+    if unit is None:
+        raise click.UsageError("Give the --unit.")
+    with recorded(common, "attach", name) as noted:
+        _root_only()
+        overlay = common.private().attach(name, unit)
+        noted.done(overlay)
+    _restarted(common, [unit], restart=restart)
+    common.show(overlay, f"{name}: {unit} sees it{'' if restart else ' from its next start on'}")
+
+
+@click.command(short_help="Show a private overlay to a service no more.")
+@click.argument("name", shell_complete=complete_names)
+@_unit
+@_restart
+@common_options
+def detach(common: Common, *, name: str, unit: str | None, restart: bool) -> None:
+    """Show the private overlay NAME to the service UNIT no more, or to none.
+
+    A service that runs keeps it until it is started again.
+
+    \b
+    Examples:
+      overlayd detach fix --restart
+      overlayd detach fix --unit food.service
+    """  # noqa: D301
+    with recorded(common, "detach", name):
+        _root_only()
+        units = common.private().detach(name, unit)
+    _restarted(common, units, restart=restart)
+    if common.json:
+        click.echo(render.as_json(units))
+    else:
+        click.echo(f"{name}: no longer shown to {', '.join(units)}")
+
+
+def _root_only() -> None:
+    if os.geteuid() != 0:
+        message = "only root shows overlays to services"
+        raise NoPermissionError(message, hint="run it with sudo")
+
+
+def _restarted(common: Common, units: list[str], *, restart: bool) -> None:
+    from overlayd import shown  # noqa: PLC0415
+
+    if restart:
+        shown.restart(units)
+    elif not common.json:
+        click.echo(f"  hint: systemctl restart {' '.join(units)}", err=True)
+
+
 def _split(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Return what comes before ``--``, and the command after it: a shell if there is none."""
     end = words.index("--") if "--" in words else len(words)
@@ -88,9 +157,3 @@ def _shell() -> str:
         return pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
     except KeyError:
         return "/bin/sh"
-
-
-def _outside_of_root() -> None:
-    if os.geteuid() == 0:
-        message = "root's overlays are seen by everybody: there is nothing to enter"
-        raise RefusedError(message, hint="private overlays are for users other than root")

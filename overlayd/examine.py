@@ -71,7 +71,8 @@ def examine(  # noqa: PLR0913  # what it is about, and what it is held against
     """
     check_name(request.name)
     source = given or targets.open_source(request.source)
-    limits = source_limits(config, user=user or private or isinstance(source, Streamed))
+    own = private and os.geteuid() != 0
+    limits = source_limits(config, user=user or own or isinstance(source, Streamed))
     place = None
     critical = ""
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import caller
 from overlayd.errors import KernelError, OverlaydError, RefusedError, from_oserror
-from overlayd.model import RUN, shown
+from overlayd.model import ROOTS, RUN, shown
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -31,6 +31,8 @@ _PATIENCE: Final = 20.0
 def _directory() -> str:
     """Return the directory of the login session, or one in /tmp that lasts as long as the boot."""
     uid = os.getuid()
+    if uid == 0:
+        return ROOTS
     for path in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{uid}"):
         with contextlib.suppress(OSError):
             facts = os.stat(path)
@@ -175,9 +177,19 @@ def let_go() -> None:
             os.close(pidfd)
 
 
+def is_inside(pid: int) -> bool:
+    """Whether this process is where the holder *pid* is.
+
+    Only root can ask that of the kernel from within; others know by whose world they see.
+    """
+    if os.geteuid() == 0:
+        return os.path.samestat(os.stat("/proc/self/ns/mnt"), os.stat(f"/proc/{pid}/ns/mnt"))
+    return caller.owns_world()
+
+
 def names(pid: int) -> set[str]:
     """Return the names of a holder's overlays; they can be read from outside."""
-    folder = f"{'' if caller.owns_world() else f'/proc/{pid}/root'}{RUN}/records"
+    folder = f"{'' if is_inside(pid) else f'/proc/{pid}/root'}{RUN}/records"
     found = set()
     try:
         for file in os.listdir(folder):

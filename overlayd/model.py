@@ -15,6 +15,8 @@ from overlayd.errors import NotFoundError, RefusedError
 
 USR: Final = "/usr"
 RUN: Final = "/run/overlayd"
+ROOTS: Final = "/run/overlayd.private"
+"""Where root has what users have in the directory of their login session: private overlays'."""
 TAG_PREFIX: Final = "overlayd:"
 """``source`` of every overlay mount that overlayd makes is this and the overlay's uuid."""
 
@@ -90,6 +92,8 @@ class Request:
     target: str
     options: Options = field(default_factory=Options)
     size: int | None = None
+    private: bool = False
+    """Whether nobody else is to see it, though root asks for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,23 +13,21 @@ import os
 import pickle
 import select
 import signal
+import socket
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from overlayd import caller, entrance, homes, plan, targets, userns
-from overlayd.errors import (
-    NoPermissionError,
-    OverlaydError,
-)
+from overlayd import caller, entrance, homes, overlayfs, plan, shown, targets, userns
+from overlayd.cleanup import Action
+from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, RefusedError
 from overlayd.manager import Manager, User
-from overlayd.model import RUN, Scope, not_found
+from overlayd.model import RUN, Scope, State, not_found
 from overlayd.observer import Observer
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from overlayd.cleanup import Action
     from overlayd.config import Config
     from overlayd.executor import Operation
     from overlayd.model import Overlay, Request
@@ -77,19 +75,72 @@ class Private:
     def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
         """Remove an overlay, as :meth:`Manager.remove` does; the holder goes with the last one."""
         found = self._needed(name)
+        if os.geteuid() == 0:
+            shown.withdraw(self.status(name).record.uuid)
         gone = _inside(
             found, lambda: self._manager().remove(name, lazy=lazy, progress=progress), progress
         )
         homes.let_go()
         return gone
 
+    def attach(self, name: str, unit: str) -> Overlay:
+        """Show an overlay of root's to the service *unit*, from its next start on.
+
+        :raises OverlaydError: if that cannot be.
+        """
+        shown.check_unit(unit)
+        found = self._needed(name)
+        receiving, sending = socket.socketpair()
+
+        def send() -> Overlay:
+            overlay = Observer(warn=self._warn).status(name)
+            if overlay.state is not State.ACTIVE:
+                message = f"{name} is {overlay.state}"
+                raise RefusedError(message, hint=f"overlayd status {name}")
+            place = os.open(overlay.record.mount_point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            mount = overlayfs.clone(place)
+            socket.send_fds(sending, [b"m"], [mount])
+            return overlay
+
+        with receiving, sending:
+            overlay = _inside(found, send)
+            _, fds, _, _ = socket.recv_fds(receiving, 1, 1)
+            try:
+                shown.present(overlay.record, fds[0], unit)
+            finally:
+                os.close(fds[0])
+        return overlay
+
+    def detach(self, name: str, unit: str | None) -> list[str]:
+        """Show an overlay of root's to no service any more, or not to *unit*; return which.
+
+        :raises NotFoundError: if it is shown to none, or not to that.
+        """
+        uuid = self.status(name).record.uuid
+        if not (gone := shown.withdraw(uuid, unit)):
+            message = f"{name} is not shown to {unit or 'any service'}"
+            raise NotFoundError(message)
+        return gone
+
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more, as :meth:`Manager.cleanup` does."""
-        if (found := self._found()) is None:
-            return []
-        done = _inside(found, lambda: self._manager().cleanup(dry_run=dry_run))
+        found = self._found()
+        done = (
+            []
+            if found is None
+            else _inside(found, lambda: self._manager().cleanup(dry_run=dry_run))
+        )
         homes.let_go()
-        return done
+        return done + self._withdrawn(dry_run=dry_run)
+
+    def _withdrawn(self, *, dry_run: bool) -> list[Action]:
+        """Take away what services are shown of overlays that are gone."""
+        left = shown.uuids() if os.geteuid() == 0 else set()
+        if left:
+            left -= {overlay.record.uuid for overlay in self.list(draining=True)}
+        for uuid in [] if dry_run else left:
+            shown.withdraw(uuid)
+        return [Action("shown", uuid, f"what services were shown of {uuid}") for uuid in left]
 
     def describe(self, request: Request, progress: Progress) -> list[str]:
         """Say what an apply would do, having checked everything that can be checked.
@@ -106,7 +157,7 @@ class Private:
         return self._with_source(request, progress, self._apply)
 
     def _apply(self, manager: Manager, request: Request, progress: Progress, user: User) -> Overlay:
-        if not (request.options.read_only or _keeps_attributes()):
+        if os.geteuid() != 0 and not (request.options.read_only or _keeps_attributes()):
             self._warn(
                 "this kernel (before Linux 6.6) lets no directory of the base be removed or renamed"
                 " in a private overlay"
@@ -120,7 +171,7 @@ class Private:
         work: Callable[[Manager, Request, Progress, User], _T],
     ) -> _T:
         """Do what takes a source, which is what the path leads to where the caller is."""
-        if request.options.preserve_owner:
+        if request.options.preserve_owner and os.geteuid() != 0:
             message = "only root can use --preserve-owner"
             raise NoPermissionError(message)
         self._load()
@@ -147,7 +198,7 @@ class Private:
     @staticmethod
     def _look(found: int, work: Callable[[], _T]) -> _T:
         """Do what only looks: by a child that goes in, or here where this is inside already."""
-        return work() if caller.owns_world() else _inside(found, work)
+        return work() if homes.is_inside(found) else _inside(found, work)
 
     def _needed(self, name: str) -> int:
         if (found := self._found()) is None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A user's overlays of both scopes: his private ones, and what the service has for everybody."""
+"""Overlays of both scopes: the caller's private ones, and those that everybody sees."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from overlayd.errors import NoPermissionError, ServiceError
@@ -12,34 +13,37 @@ if TYPE_CHECKING:
 
     from overlayd.cleanup import Action
     from overlayd.client import Client
+    from overlayd.manager import Manager
     from overlayd.model import Overlay, Request
     from overlayd.private import Private
     from overlayd.progress import Progress
 
+    System = Client | Manager
+
 
 class Scopes:
-    """What :class:`overlayd.manager.Manager` does, for a user other than root.
+    """What :class:`overlayd.manager.Manager` does, for users, and for root where he has both.
 
-    A name means his private overlay if he has one of that name.
+    A name means the caller's private overlay if he has one of that name.
     """
 
     def __init__(
-        self, private: Private, client: Callable[[], Client], warn: Callable[[str], None]
+        self, private: Private, system: Callable[[], System], warn: Callable[[str], None]
     ) -> None:
-        """Ask the service only if it is needed; report oddities to *warn*."""
+        """Make what does the others only if it is needed; report oddities to *warn*."""
         self._private = private
-        self._connect = client
-        self._client: Client | None = None
+        self._make = system
+        self._made: System | None = None
         self._warn = warn
 
     @property
-    def _service(self) -> Client:
-        if self._client is None:
-            self._client = self._connect()
-        return self._client
+    def _system(self) -> System:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
-    def _of(self, name: str) -> Private | Client:
-        return self._private if self._private.has(name) else self._service
+    def _of(self, name: str) -> Private | System:
+        return self._private if self._private.has(name) else self._system
 
     def describe(self, request: Request, progress: Progress) -> list[str]:
         """Say what an apply would do.
@@ -55,8 +59,10 @@ class Scopes:
         """
         return self._maker(request).apply(request, progress)
 
-    def _maker(self, request: Request) -> Private | Client:
-        return self._service if request.options.allow_other else self._private
+    def _maker(self, request: Request) -> Private | System:
+        if os.geteuid() == 0:
+            return self._private if request.private else self._system
+        return self._system if request.options.allow_other else self._private
 
     def status(self, name: str) -> Overlay:
         """Return one overlay.
@@ -75,13 +81,13 @@ class Scopes:
 
     def limits(self) -> dict[str, tuple[int | None, int]]:
         """Return the user's limits for overlays that everybody sees."""
-        return self._service.limits()
+        return self._system.limits()
 
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more: of his own, and of everybody's if he may."""
         own = self._private.cleanup(dry_run=dry_run)
         try:
-            return own + self._service.cleanup(dry_run=dry_run)
+            return own + self._system.cleanup(dry_run=dry_run)
         except (NoPermissionError, ServiceError) as error:
             if not own:
                 raise
@@ -96,7 +102,7 @@ class Scopes:
         """
         own = self._private.list(draining=draining)
         try:
-            return own + self._service.list(draining=draining)
+            return own + self._system.list(draining=draining)
         except ServiceError as error:
             if not own:
                 raise

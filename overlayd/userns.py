@@ -2,7 +2,7 @@
 """A user namespace and a mount namespace of a user's own, in which he may mount without root.
 
 Only his own uid is mapped, so whatever he does in it he does with his own rights on what there is
-outside: files of others' stay as closed to him as they were.
+outside: files of others' stay as closed to him as they were.  Root has a mount namespace alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from overlayd import caller
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError
 
-BOTH: Final = sys.CLONE_NEWUSER | sys.CLONE_NEWNS
 # Each of them, if it has this value, keeps users from it: file, value, how to change it.
 _SWITCHES: Final = (
     ("kernel/unprivileged_userns_clone", "0", "sysctl kernel.unprivileged_userns_clone=1"),
@@ -28,6 +27,10 @@ _SWITCHES: Final = (
 )
 
 
+def _kinds() -> int:
+    return sys.CLONE_NEWNS if os.geteuid() == 0 else sys.CLONE_NEWUSER | sys.CLONE_NEWNS
+
+
 def begin() -> None:
     """Move this process, which has one thread, into new namespaces with a world of their own.
 
@@ -37,10 +40,11 @@ def begin() -> None:
     """
     uid, gid = os.geteuid(), os.getegid()
     try:
-        sys.unshare(BOTH)
-        _write("setgroups", "deny")
-        _write("uid_map", f"{uid} {uid} 1")
-        _write("gid_map", f"{gid} {gid} 1")
+        sys.unshare(_kinds())
+        if uid:
+            _write("setgroups", "deny")
+            _write("uid_map", f"{uid} {uid} 1")
+            _write("gid_map", f"{gid} {gid} 1")
         entered()
         sys.mount_propagation("/", sys.MS_REC | sys.MS_SLAVE)
     except OSError as error:
@@ -55,7 +59,7 @@ def join(pidfd: int) -> None:
 
     :raises OSError: if that may not be.
     """
-    sys.setns(pidfd, BOTH)
+    sys.setns(pidfd, _kinds())
     entered()
 
 

@@ -133,6 +133,8 @@ class World:
 
         :raises OverlaydError: if there is no place for it, or it cannot be made.
         """
+        with contextlib.suppress(OSError):  # only root can, and need not
+            os.mkdir(RUN, 0o700)
         try:
             fd = os.open(RUN, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -79,6 +79,7 @@ class Bus(World):
 
     def begin(self) -> None:
         """Start the bus and polkit."""
+        os.environ[MARK] = self.mark  # of root's commands
         self.start("dbus", "dbus-daemon", "--system", "--nofork", "--nopidfile")
         eventually(lambda: os.path.exists(_SOCKET))
         self.start("polkit", _POLKITD, "--no-debug")
@@ -118,7 +119,7 @@ class Bus(World):
         """End everything."""
         for name in [*self.processes][::-1]:
             self.stop(name, signal.SIGTERM if name == "service" else signal.SIGKILL)
-        for user in filter(None, USERS.values()):
+        for user in USERS.values():
             for pid in self.holders(user):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.bus.conftest import COMMAND, USERS
+from tests.mounts.conftest import COMMAND as ROOTS
 from tests.mounts.conftest import SOURCES
 from tests.mounts.processes import eventually
 
@@ -351,3 +353,31 @@ def test_writable_directory_of_the_base_takes_entries_and_edits_by_replacing(bus
     bus.overlayd("alice", *again, "--allow-other", code=2)
     bus.run(*again, code=2)
     assert holders(bus, "alice") == []
+
+
+def test_root_s_private_overlay_keeps_owners_and_rights_and_is_seen_inside_alone(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base", "sub/deep": "base"})
+    (base / "sub").chmod(0o750)
+    os.chown(base / "sub", 0, 42)
+    source = bus.source("s", {"motd": "root", "sub/more": "more"})
+    bus.run("apply", "own", source, base, "--private", "--size", "1M")
+    assert (base / "motd").read_text() == "base"
+    show = ("enter", "own", "--", "sh", "-c")
+    script = f"cat {base}/motd; stat -c '%u %g %a' {base}/sub; echo edit > {base}/sub/deep"
+    assert bus.run(*show, script).stdout == "root0 42 750\n"
+    [listed] = json.loads(bus.run("list", "--json").stdout)
+    assert (listed["name"], listed["scope"], listed["owner"]) == ("own", "private", 0)
+    # The other scope is there as before.
+    other = bus.base("other", {"motd": "base"})
+    bus.run("apply", "own", source, other)
+    assert (other / "motd").read_text() == "root"
+    assert bus.run(*show, f"cat {other}/motd").stdout == "root"
+    bus.run("reset", "own")
+    assert bus.run(*show, f"cat {base}/motd {base}/sub/deep").stdout == "basebase"
+    assert "inside" in bus.run(*show, f"{' '.join(ROOTS)} remove own", code=5).stderr
+    bus.run("apply", "both", source, base, "--private", "--allow-other", code=2)
+    said = bus.run("remove", "--all").stdout
+    assert said.count("own: removed") == 2
+    assert bus.holders(0) == []
+    assert bus.leftovers() == []
+    assert bus.run("run", f"{source}:{base}", "--", "cat", base / "motd").stdout == "root"

@@ -548,6 +548,7 @@ def test_several_commands_have_options_before_and_after_their_arguments(world: W
 COMMANDS: Final = (
     *("apply", "list", "status", "reset", "remove"),
     *("batch", "dump", "cleanup", "doctor", "history", "report", "enter", "run"),
+    *("attach", "detach"),
 )
 
 

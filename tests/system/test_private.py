@@ -109,3 +109,58 @@ def test_reboot_leaves_nothing_of_it(fresh: Guest) -> None:
     assert fresh.sh(f"overlayd enter own -- cat {BASE}/mine", user="alice") == "alice"
     fresh.overlayd("remove", "own", user="alice")
     fresh.sh("rm -r /var/tmp/of-alice")
+
+
+_FOOD = """
+[Service]
+Type=exec
+ExecStart=/bin/sh -c "[ ! -e {0}/mine ] || exec 3< {0}/mine; exec sleep infinity"
+"""
+
+
+@pytest.mark.once
+def test_service_alone_sees_what_root_attaches_to_it(guest: Guest) -> None:
+    guest.machine.copy_in(_FOOD.format(BASE).encode(), "/run/systemd/system/food.service")
+    guest.sh("systemctl daemon-reload; systemctl start food")
+    source = guest.source("root", {"mine": "root\n"})
+    guest.apply("own", source, BASE, "--private")
+    seen = f"nsenter -t $(systemctl show -P MainPID food) -m cat {BASE}/mine 2>&1 || true"
+    assert "No such file" in guest.sh(seen)
+    assert "next start" in guest.overlayd("attach", "own", "--unit", "food.service").out
+    assert "No such file" in guest.sh(seen)
+    guest.sh("systemctl restart food")
+    assert guest.sh(seen) == "root"
+    assert guest.sh(f"ls {BASE}/mine 2>/dev/null || echo none") == "none"
+    # What uses it is named, and it stays.
+    said = guest.overlayd("remove", "own", code=6).err
+    assert "in use" in said
+    assert guest.status("own").state == "active"
+    # It is shown no more, though the service keeps it until it is started again.
+    assert guest.overlayd("detach", "own", code=3).err
+    guest.overlayd("attach", "own", "--unit", "food.service", "--restart")
+    assert guest.sh(seen) == "root"
+    guest.overlayd("detach", "own", "--unit", "food.service", "--restart")
+    assert "No such file" in guest.sh(seen)
+    clean = """
+        ls /run/systemd/system/food.service.d 2>/dev/null
+        ls -A /run/overlayd.private/shown
+        grep -c overlayd: /proc/self/mountinfo
+    """
+    assert guest.sh(clean, check=False) == "0"
+    # What is left when the keeper is killed is cleaned up.
+    guest.overlayd("attach", "own", "--unit", "food.service")
+    guest.sh(
+        """
+        pkill -KILL -f 'm [o]verlayd[.]holder'
+        for _ in $(seq 100); do pgrep -f 'm [o]verlayd[.]holder' || break; sleep 0.1; done
+        """
+    )
+    assert "what services were shown" in guest.overlayd("cleanup").out
+    assert guest.sh(clean, check=False) == "0"
+    guest.overlayd("apply", "own", source, BASE, "--private")
+    for wrong, code in (("none.service", 3), ("../x.service", 5), ("food", 5)):
+        guest.overlayd("attach", "own", "--unit", wrong, code=code)
+    others = guest.overlayd("attach", "x", "--unit", "food.service", user="bob", code=7).err
+    assert "only root" in others
+    guest.overlayd("remove", "own")
+    guest.sh("systemctl stop food; rm /run/systemd/system/food.service; systemctl daemon-reload")
