@@ -171,7 +171,7 @@ class Bus(World):
             timeout=timeout,
             check=False,
             cwd="/",
-            env={**_ENVIRONMENT, MARK: self.mark, **(env or {})},
+            env=self.environment(env),
             user=USERS[user],
             group=USERS[user],
             extra_groups=[],
@@ -179,6 +179,10 @@ class Bus(World):
         if code is not None:
             assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return done
+
+    def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the environment of what users run."""
+        return {**_ENVIRONMENT, MARK: self.mark, **(env or {})}
 
     def overlayd(
         self, user: str, *arguments: str | Path, code: int | None = 0, timeout: float = 60
