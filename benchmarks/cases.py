@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 import sys as python
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks import baseline, world
 from benchmarks.measure import Meter, Row, paired, run_quietly, timed
+from overlayd import homes
 from overlayd import syscalls as sys
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ _FEW: Final = 10
 _MANY: Final = 500
 _LOOKS: Final = 100
 _FILE_SIZE: Final = 4096
+_PYTHON: Final = (python.executable, "-c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,52 @@ def start(here: Setting) -> Iterator[Row]:
             )
 
 
+def private(here: Setting) -> Iterator[Row]:
+    """Start a program that sees private overlays: a live one, and one made for it."""
+    source, target = here.source("private"), here.directory("private")
+    command = _command()
+    run_quietly(*command, "apply", "private", source, target, "--private")
+    with homes.opened() as home:
+        holder = homes.find(home)
+    nsenter = ("nsenter", "--mount", f"--target={holder}", "true")
+    bubble = ("--bind", "/", "/", "--overlay-src", target, "--overlay-src", source)
+    bwrap = ("bwrap", *bubble, "--tmp-overlay", target, "true")
+    enter = ("enter", "private", "--", "true")
+    shots: list[tuple[str, tuple[str, ...], str, tuple[tuple[str, ...], ...], float | None]] = [
+        ("enter", enter, "nsenter, and python -c pass", (nsenter, (*_PYTHON, "pass")), 2),
+        (
+            "enter-click",
+            enter,
+            "nsenter, and import click",
+            (nsenter, (*_PYTHON, "import click")),
+            2,
+        ),
+    ]
+    if _has_overlays("bwrap"):
+        once = ("run", f"{source}:{target}", "--", "true")
+        shots.append(("run", once, "bwrap --overlay-src …", (bwrap,), None))
+    try:
+        for name, words, what, against, goal in shots:
+            pair = paired(
+                lambda: timed(lambda: run_quietly(*command, *words)),  # noqa: B023  # called at once
+                lambda: sum(timed(lambda: run_quietly(*each)) for each in against),  # noqa: B023
+                here.meter,
+                rounds=here.times(15, 3),
+                inner=here.times(6, 5),
+            )
+            yield Row(name, f"overlayd {words[0]} … -- true", what, pair, goal)
+    finally:
+        run_quietly(*command, "remove", "private")
+
+
+def _has_overlays(program: str) -> bool:
+    """Whether this bwrap knows overlays (0.11)."""
+    if shutil.which(program) is None:
+        return False
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
+    return "--overlay-src" in done.stdout
+
+
 def many(here: Setting) -> Iterator[Row]:
     """Apply with many overlays present and with one; each in a world of its own."""
     source = here.source("many")
@@ -265,6 +314,7 @@ CASES: Final[dict[str, Callable[[Setting], Iterator[Row]]]] = {
     "copy": copy,
     "reset": reset,
     "list": start,
+    "private": private,
     "many": many,
     "list-many": list_many,
     "access": access,
