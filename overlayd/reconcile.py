@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from overlayd import mountinfo, state
 from overlayd import syscalls as sys
 from overlayd.errors import from_oserror
-from overlayd.model import UUID, Phase, Record
+from overlayd.model import ROOTS, UUID, Phase, Record, is_within
 from overlayd.store import storage_path, upper_name
 
 if TYPE_CHECKING:
@@ -145,7 +145,13 @@ def leftovers(table: Table, records: Sequence[Record]) -> list[Mount]:
         if record is not None and (record.phase is not Phase.ACTIVE or record.pending is not None):
             continue  # somebody is at work on it
         tree = None if record is None else record.tree
-        found += [mount for mount in mounts if tree is None or mount.st_dev != tree.st_dev]
+        found += [
+            mount
+            for mount in mounts
+            # What services are shown of root's private overlays has its record elsewhere.
+            if not is_within(mount.mount_point, ROOTS)
+            and (tree is None or mount.st_dev != tree.st_dev)
+        ]
     return found
 
 

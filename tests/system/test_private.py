@@ -131,6 +131,7 @@ def test_service_alone_sees_what_root_attaches_to_it(guest: Guest) -> None:
     guest.sh("systemctl restart food")
     assert guest.sh(seen) == "root"
     assert guest.sh(f"ls {BASE}/mine 2>/dev/null || echo none") == "none"
+    assert guest.doctor()["problems"] == []
     # What uses it is named, and it stays.
     said = guest.overlayd("remove", "own", code=6).err
     assert "in use" in said
