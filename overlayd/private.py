@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from overlayd.executor import Operation
     from overlayd.model import Overlay, Request
 
-_LOOK: Final = 0.2
+_LOOK: Final = 0.05
+"""Seconds after which a wish to stop is passed on."""
 _T = TypeVar("_T")
 
 

@@ -7,17 +7,17 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.bus.conftest import COMMAND, USERS
+from tests.bus.conftest import COMMAND, PYTHON, USERS
 from tests.mounts.conftest import COMMAND as ROOTS
 from tests.mounts.conftest import SOURCES
 from tests.mounts.processes import eventually
 
 if TYPE_CHECKING:
-    import subprocess
-
     from tests.bus.conftest import Bus
 
 ALICE = Path(f"/run/user/{USERS['alice']}/overlayd")
@@ -381,3 +381,49 @@ def test_root_s_private_overlay_keeps_owners_and_rights_and_is_seen_inside_alone
     assert bus.holders(0) == []
     assert bus.leftovers() == []
     assert bus.run("run", f"{source}:{base}", "--", "cat", base / "motd").stdout == "root"
+
+
+def test_terminals_the_bus_and_the_network_go_on_working_inside(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    bus.overlayd("alice", "apply", "own", bus.source_of("alice", "s", {"motd": "alice"}), base)
+    program = """
+import os, pty, socket, subprocess
+master, slave = pty.openpty()
+os.write(master, b"typed\\n")
+print(os.read(slave, 100).decode().strip())
+server = socket.create_server(("127.0.0.1", 0))
+with socket.create_connection(server.getsockname()):
+    print("connected")
+call = ["busctl", "--system", "call", "org.freedesktop.DBus", "/", "org.freedesktop.DBus"]
+name = ["GetConnectionUnixUser", "s", "org.freedesktop.DBus"]
+print(subprocess.run([*call, *name], capture_output=True, text=True).returncode)
+"""
+    done = bus.overlayd("alice", "enter", "own", "--", *PYTHON, "-c", program)
+    assert done.stdout.split() == ["typed", "connected", "0"]
+    bus.overlayd("alice", "remove", "own")
+
+
+def test_apply_that_is_told_to_stop_leaves_nothing(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {f"d{n}/f{m}": "" for n in range(100) for m in range(150)})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            [*COMMAND, "apply", "own", str(source), str(base)],
+            env=bus.environment(),
+            user=USERS["alice"],
+            group=USERS["alice"],
+            extra_groups=[],
+            cwd="/",
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        # Told to the command alone, once its child is at it: the holder is there first.
+        assert eventually(lambda: bool(holders(bus, "alice")), 20)
+        time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, "interrupted" in said) == (130, True), said
+        assert eventually(lambda: holders(bus, "alice") == [], 10)
+        assert (base / "motd").read_text() == "base"
+    bus.overlayd("alice", "apply", "own", source, base)
+    bus.overlayd("alice", "remove", "own")
