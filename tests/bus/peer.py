@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
@@ -20,7 +21,7 @@ from overlayd.walker import pages
 from tests.bus.conftest import USERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from jeepney.io.blocking import DBusConnection
     from jeepney.low_level import Message
@@ -208,6 +209,40 @@ def directory(files: Mapping[str, str]) -> bytes:
         if data:
             parts += [stream.pack_data(0, len(data)), data]
     return b"".join([*parts, stream.pack(Type.LEAVE), stream.pack_end(len(files) + 1, size)])
+
+
+def waits_beside(storms: Iterable[Callable[[], object]], seconds: float = 4.0) -> list[float]:
+    """Return how long carol waited for each List while others did what they liked, and after.
+
+    Each of *storms* goes on for ever, in a process of its own.  The times are sorted.
+    """
+    children = []
+    for storm in storms:
+        if not (pid := os.fork()):
+            try:
+                storm()
+            finally:
+                os._exit(0)
+        children.append(pid)
+    waits = []
+    with Peer("carol") as carol:
+
+        def look() -> None:
+            began = time.monotonic()
+            assert not carol.list(timeout=60).error
+            waits.append(time.monotonic() - began)
+
+        try:
+            ended = time.monotonic() + seconds
+            while time.monotonic() < ended:
+                look()
+                time.sleep(0.11)  # she may not call more often
+        finally:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        look()
+    return sorted(waits)
 
 
 def threads_and_fds(pid: int) -> tuple[int, int]:

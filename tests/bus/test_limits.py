@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jeepney import MessageFlag, new_method_call
@@ -16,7 +16,7 @@ from overlayd.client import SERVICE
 from overlayd.manager import memory
 from overlayd.model import SourceKind
 from overlayd.stream import Entry, Header, Type
-from tests.bus.peer import ALLOW_OTHER, Peer, directory
+from tests.bus.peer import ALLOW_OTHER, Peer, directory, waits_beside
 from tests.mounts.processes import eventually
 
 if TYPE_CHECKING:
@@ -207,30 +207,9 @@ def test_storms_of_two_users_do_not_keep_a_third_waiting(bus: Bus) -> None:
     service = bus.serve()
     with Peer("carol") as carol:
         assert not carol.apply("carols", base).error
-    children = []
-    for user in ("alice", "bob"):
-        for number in range(4):
-            if not (pid := os.fork()):
-                try:
-                    storm(user, number, base)
-                finally:
-                    os._exit(0)
-            children.append(pid)
-    waits, served = [], 0
-    try:
-        with Peer("carol") as carol:
-            ended = time.monotonic() + 4
-            while time.monotonic() < ended:
-                began = time.monotonic()
-                served += carol.list(timeout=20).error == ""
-                waits.append(time.monotonic() - began)
-                time.sleep(0.11)
-    finally:
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    waits.sort()
-    assert served == len(waits)
+    who = ("alice", "bob")
+    storms = [partial(storm, user, number, base) for user in who for number in range(4)]
+    waits = waits_beside(storms)
     assert waits[-1] < 3.0, waits[-5:]
     assert waits[len(waits) // 2] < 0.5
     assert service.poll() is None
@@ -260,31 +239,8 @@ def test_flood_of_calls_that_want_no_answer_keeps_nobody_waiting_for_long(bus: B
     service = bus.serve()
     with Peer("carol") as carol:
         assert not carol.apply("carols", base).error
-        children = []
-        for _ in range(2):
-            if not (pid := os.fork()):
-                try:
-                    flood("bob")
-                finally:
-                    os._exit(0)
-            children.append(pid)
-        waits = []
-        try:
-            ended = time.monotonic() + 4
-            while time.monotonic() < ended:
-                began = time.monotonic()
-                assert not carol.list(timeout=30).error
-                waits.append(time.monotonic() - began)
-                time.sleep(0.11)
-        finally:
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        # What they sent last is still to be read; it has no place to pile up.
-        began = time.monotonic()
-        assert not carol.list(timeout=30).error
-        waits.append(time.monotonic() - began)
-    assert max(waits) < 2.0, sorted(waits)[-5:]
+    waits = waits_beside([partial(flood, "bob")] * 2)
+    assert waits[-1] < 2.0, waits[-5:]
     assert service.poll() is None
 
 
