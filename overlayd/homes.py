@@ -42,8 +42,8 @@ def _directory() -> str:
 
 
 @contextlib.contextmanager
-def opened(*, make: bool = False, alone: bool = False) -> Generator[int]:
-    """Open the user's directory, locked: shared, or *alone*; -1 if there is none.
+def opened(*, make: bool = False) -> Generator[int]:
+    """Open the user's directory, locked together with others; -1 if there is none.
 
     :raises RefusedError: if it is somebody else's.
     """
@@ -63,7 +63,7 @@ def opened(*, make: bool = False, alone: bool = False) -> Generator[int]:
         if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
             message = f"{shown(path)} has to be yours alone"
             raise RefusedError(message, hint=f"ls -ld {shown(path)}")
-        fcntl.flock(fd, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(fd, fcntl.LOCK_SH)
         yield fd
     finally:
         os.close(fd)
@@ -114,15 +114,21 @@ def start(home: int) -> int:
 
 
 def _in_scope() -> list[str]:
-    """Return what puts a process into a unit of the user's manager, if there is one."""
+    """Return what puts a process into a unit of the user's manager, if there is one.
+
+    Root's is one of the system's: it does not go with the login that it was started from.
+    """
     import shutil  # noqa: PLC0415  # entering needs none of it
 
     program = shutil.which("systemd-run")
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if program is None or not os.path.exists(f"{runtime}/systemd/private"):
+    root = os.geteuid() == 0
+    manager = "/run/systemd/system" if root else f"{runtime}/systemd/private"
+    if program is None or not os.path.exists(manager):
         return []
+    whose = "--system" if root else "--user"
     unit = f"overlayd-holder-{os.getpid()}"
-    return [program, "--user", "--scope", "--quiet", "--collect", f"--unit={unit}", "--"]
+    return [program, whose, "--scope", "--quiet", "--collect", f"--unit={unit}", "--"]
 
 
 def _started(argv: Sequence[str], home: int) -> int:

@@ -71,7 +71,14 @@ class Private:
     def reset(self, name: str, version: int, progress: Progress | None = None) -> Overlay:
         """Take an overlay back to *version*, as :meth:`Manager.reset` does."""
         found = self._needed(name)
-        return _inside(found, lambda: self._manager().reset(name, version, progress), progress)
+        done = _inside(found, lambda: self._manager().reset(name, version, progress), progress)
+        if os.geteuid() == 0 and done.record.uuid in shown.uuids():
+            overlay, mount = self._mount(found, name)
+            try:
+                shown.replace(overlay.record, mount)
+            finally:
+                os.close(mount)
+        return done
 
     def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
         """Remove an overlay, as :meth:`Manager.remove` does; the holder goes with the last one."""
@@ -90,7 +97,18 @@ class Private:
         :raises OverlaydError: if that cannot be.
         """
         shown.check_unit(unit)
-        found = self._needed(name)
+        overlay, mount = self._mount(self._needed(name), name)
+        try:
+            shown.present(overlay.record, mount, unit)
+        finally:
+            os.close(mount)
+        return overlay
+
+    def _mount(self, found: int, name: str) -> tuple[Overlay, int]:
+        """Return an overlay and a copy of its mount, which the caller closes.
+
+        :raises RefusedError: if it has none that can be seen.
+        """
         receiving, sending = socket.socketpair()
 
         def send() -> Overlay:
@@ -99,18 +117,13 @@ class Private:
                 message = f"{name} is {overlay.state}"
                 raise RefusedError(message, hint=f"overlayd status {name}")
             place = os.open(overlay.record.mount_point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-            mount = overlayfs.clone(place)
-            socket.send_fds(sending, [b"m"], [mount])
+            socket.send_fds(sending, [b"m"], [overlayfs.clone(place)])
             return overlay
 
         with receiving, sending:
             overlay = _inside(found, send)
             _, fds, _, _ = socket.recv_fds(receiving, 1, 1)
-            try:
-                shown.present(overlay.record, fds[0], unit)
-            finally:
-                os.close(fds[0])
-        return overlay
+        return overlay, fds[0]
 
     def detach(self, name: str, unit: str | None) -> list[str]:
         """Show an overlay of root's to no service any more, or not to *unit*; return which.

@@ -63,6 +63,21 @@ def present(record: Record, mount_fd: int, unit: str) -> None:
     _systemctl("daemon-reload")
 
 
+def replace(record: Record, mount_fd: int) -> None:
+    """Let what is shown of an overlay be the mount *mount_fd*, for services that start from now on.
+
+    One that starts in this very moment may see what lies beneath both: nothing.
+
+    :raises OverlaydError: if that cannot be.
+    """
+    path = f"{PLACE}/{record.uuid}"
+    try:
+        sys.umount2(path, sys.MNT_DETACH)
+        overlayfs.attach(mount_fd, path)
+    except OSError as error:
+        raise from_oserror(error, f"showing {record.name} to services") from None
+
+
 def _ensure() -> None:
     """Have a mount at the place that is nobody's peer: what lies on it is not seen elsewhere."""
     with contextlib.suppress(FileExistsError):

@@ -112,6 +112,8 @@ def test_reboot_leaves_nothing_of_it(fresh: Guest) -> None:
 
 
 _FOOD = """
+[Unit]
+StartLimitIntervalSec=0
 [Service]
 Type=exec
 ExecStart=/bin/sh -c "[ ! -e {0}/mine ] || exec 3< {0}/mine; exec sleep infinity"
@@ -139,6 +141,13 @@ def test_service_alone_sees_what_root_attaches_to_it(guest: Guest) -> None:
     # It is shown no more, though the service keeps it until it is started again.
     assert guest.overlayd("detach", "own", code=3).err
     guest.overlayd("attach", "own", "--unit", "food.service", "--restart")
+    assert guest.sh(seen) == "root"
+    # What it is shown follows a reset, from its next start on.
+    guest.overlayd("reset", "own")
+    guest.sh("systemctl restart food")
+    assert "No such file" in guest.sh(seen)
+    guest.overlayd("reset", "own", "--to", "applied")
+    guest.sh("systemctl restart food")
     assert guest.sh(seen) == "root"
     guest.overlayd("detach", "own", "--unit", "food.service", "--restart")
     assert "No such file" in guest.sh(seen)
