@@ -17,6 +17,7 @@ from overlayd.model import (
     FLAGS,
     Options,
     Request,
+    Scope,
     State,
     check_name,
     check_writable_dir,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from overlayd.progress import Progress
 
 _STRINGS: Final = ("name", "source", "target")
+_PRIVATE: Final = "private"
 _MAX_BYTES: Final = 8 << 20
 
 
@@ -108,7 +110,7 @@ def _request(entry: object, where: str, folder: str) -> Request:
                 message = f"{where}: {key} must be a string"
                 raise RefusedError(message)
             texts[key] = value
-        elif key in FLAGS:
+        elif key in {*FLAGS, _PRIVATE}:
             if not isinstance(value, bool):
                 message = f"{where}: {key} must be true or false"
                 raise RefusedError(message)
@@ -117,7 +119,7 @@ def _request(entry: object, where: str, folder: str) -> Request:
             directories = _directories(value, where)
         else:
             message = f"{where}: {shown(key)}: no such key"
-            known = (*_STRINGS, "size", *FLAGS, DIRECTORIES)
+            known = (*_STRINGS, "size", *FLAGS, _PRIVATE, DIRECTORIES)
             raise RefusedError(message, hint=f"there are {', '.join(known)}")
     for key in _STRINGS:
         if not texts.get(key):
@@ -136,12 +138,17 @@ def _request(entry: object, where: str, folder: str) -> Request:
     if not texts["target"].startswith("/"):
         message = f"{where}: target must be an absolute path"
         raise RefusedError(message)
+    private = flags.pop(_PRIVATE, False)
+    if private and flags.get("allow_other"):
+        message = f"{where}: an overlay is either private or everybody's: allow_other"
+        raise RefusedError(message)
     return Request(
         name=texts["name"],
         source=os.path.join(folder, texts["source"]),
         target=texts["target"],
         options=Options(**flags, writable_dirs=directories),
         size=size,
+        private=private,
     )
 
 
@@ -259,6 +266,8 @@ def dump(overlays: Sequence[Overlay]) -> str:
                 message = f"{record.name}: {key} {shown(str(value))} is not UTF-8, TOML is"
                 raise RefusedError(message) from None
         table |= {flag: True for flag in FLAGS if getattr(record.options, flag)}
+        if record.scope is Scope.PRIVATE:
+            table[_PRIVATE] = True
         if record.options.writable_dirs:
             table[DIRECTORIES] = [*record.options.writable_dirs]
         if record.size:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -252,9 +253,9 @@ def _remove_all(common: Common, progress: Progress, noted: Noted, *, lazy: bool)
 def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     """Apply the [[overlay]] tables of a TOML FILE, copying several at a time.
 
-    The keys are those of apply: name, source, target, size, and read_only, allow_other,
-    default_permissions, allow_critical, preserve_owner = true. With --atomic nothing shows before
-    all is copied, and if one fails none stays.
+    The keys are those of apply: name, source, target, size, writable_dirs, and read_only,
+    allow_other, private, default_permissions, allow_critical, preserve_owner = true. With --atomic
+    nothing shows before all is copied, and if one fails none stays.
 
     \b
     Examples:
@@ -269,11 +270,15 @@ def batch(common: Common, *, file: str, atomic: bool, jobs: int) -> None:
     if atomic and os.geteuid() != 0:
         message = "only root can apply a batch all or none"
         raise NoPermissionError(message, hint="use sudo, or leave --atomic out")
-    common.manager()
+    private = any(request.private for request in requests)
+    if private and atomic:
+        message = "private overlays cannot be applied all or none"
+        raise RefusedError(message, hint="leave --atomic out")
+    common.manager(private=private)
     with interruptible(common) as progress, recorded(common, "apply") as noted:
         outcomes = batches.run(
             requests,
-            common.manager,
+            partial(common.manager, private=private),
             progress,
             jobs=jobs if os.geteuid() == 0 else 1,  # a person answers one question at a time
             atomic=common.own_manager if atomic else None,

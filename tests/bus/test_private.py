@@ -376,8 +376,19 @@ def test_root_s_private_overlay_keeps_owners_and_rights_and_is_seen_inside_alone
     assert bus.run(*show, f"cat {base}/motd {base}/sub/deep").stdout == "basebase"
     assert "inside" in bus.run(*show, f"{' '.join(ROOTS)} remove own", code=5).stderr
     bus.run("apply", "both", source, base, "--private", "--allow-other", code=2)
+    dumped = source.parent / "dumped.toml"
+    dumped.write_text(bus.run("dump").stdout)
     said = bus.run("remove", "--all").stdout
     assert said.count("own: removed") == 2
+    # What was private is so again, though both have one name: that is for two files.
+    one, two = dumped.read_text().split("\n[[overlay]]\n")[1:]
+    assert ("private" in one, "private" in two) == (True, False)
+    dumped.write_text(f"[[overlay]]\n{one}")
+    assert "--atomic" in bus.run("batch", dumped, "--atomic", code=5).stderr
+    bus.run("batch", dumped)
+    assert (base / "motd").read_text() == "base"
+    assert bus.run(*show, f"cat {base}/motd").stdout == "root"
+    bus.run("remove", "own")
     assert bus.holders(0) == []
     assert bus.leftovers() == []
     assert bus.run("run", f"{source}:{base}", "--", "cat", base / "motd").stdout == "root"

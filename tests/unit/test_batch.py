@@ -47,7 +47,7 @@ def given_file(folder: Path, text: str) -> list[Request]:
 
 def test_every_key_is_read(tmp_path: Path) -> None:
     text = f"[[overlay]]\n{GOOD}" + "".join(f"{flag} = true\n" for flag in FLAGS)
-    text += 'writable_dirs = ["one", "two/deep"]\n'
+    text += 'writable_dirs = ["one", "two/deep"]\nprivate = false\n'
     assert given_file(tmp_path, text) == [
         Request(
             name="fix",
@@ -63,8 +63,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
             ),
         )
     ]
-    (request,) = given_file(tmp_path, f'[[overlay]]\n{GOOD}size = "64M"\n')
-    assert request.size == 64 << 20
+    (request,) = given_file(tmp_path, f'[[overlay]]\n{GOOD}size = "64M"\nprivate = true\n')
+    assert (request.size, request.private) == (64 << 20, True)
+    with pytest.raises(RefusedError, match="either private or everybody's"):
+        given_file(tmp_path, f"[[overlay]]\n{GOOD}allow_other = true\nprivate = true\n")
 
 
 @pytest.mark.parametrize("value", ['"one"', "[1]", "true", '["/one"]', '["a/../b"]', '[""]'])
