@@ -151,8 +151,10 @@ def test_commands_killed_at_any_moment_leave_whole_overlays_or_none(bus: Bus) ->
     bus.overlayd("bob", "apply", "his", bus.source_of("bob", "s", {"motd": "bob"}), base)
     bus.overlayd("alice", "apply", "kept", source, other)
     [holder] = bus.holders(USERS["alice"])
-    killed = 0
-    for number in range(200 if LONG else 12):
+    killed, number, enough = 0, 0, 150 if LONG else 8
+    while killed < enough:
+        number += 1
+        assert number < 10 * enough, "they end before they can be killed"
         there = "own" in names(bus, "alice")
         command = ["apply", "own", str(source), str(base)]
         if there:
@@ -168,7 +170,7 @@ def test_commands_killed_at_any_moment_leave_whole_overlays_or_none(bus: Bus) ->
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(chance.uniform(0.05, 0.3))
+        time.sleep(chance.uniform(0.02, 0.25))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
@@ -179,7 +181,6 @@ def test_commands_killed_at_any_moment_leave_whole_overlays_or_none(bus: Bus) ->
             script = f"cat {base}/motd; ls {base} | wc -l"
             seen = bus.overlayd("alice", "enter", "own", "--", "sh", "-c", script).stdout
             assert seen in {"alice201\n", "base1\n"}, seen
-    assert killed > 4
     assert bus.holders(USERS["alice"]) == [holder]
     seen = bus.overlayd("bob", "enter", "his", "--", "cat", base / "motd").stdout
     assert seen == "bob"
