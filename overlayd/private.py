@@ -60,6 +60,10 @@ class Private:
         with homes.opened() as home:
             return (found := homes.find(home)) is not None and name in homes.names(found)
 
+    def exists(self) -> bool:
+        """Whether the user has any private overlays."""
+        return self._found() is not None
+
     def status(self, name: str) -> Overlay:
         """Return one overlay.
 

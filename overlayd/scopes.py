@@ -85,11 +85,12 @@ class Scopes:
 
     def cleanup(self, *, dry_run: bool = False) -> list[Action]:
         """Remove what has no use any more: of his own, and of everybody's if he may."""
+        has_own = self._private.exists()
         own = self._private.cleanup(dry_run=dry_run)
         try:
             return own + self._system.cleanup(dry_run=dry_run)
         except (NoPermissionError, ServiceError) as error:
-            if not own:
+            if not has_own:
                 raise
             self._warn(f"only your own was cleaned up: {error.message}")
             return own

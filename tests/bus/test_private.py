@@ -267,7 +267,9 @@ def test_files_that_the_user_forges_do_no_harm(bus: Bus) -> None:
     (ALICE / "holder.json").write_text(good)
     inside(bus, "alice", "own", "echo { > /run/overlayd/records/junk.json")
     assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
-    bus.overlayd("alice", "cleanup", code=None)
+    cleaned = bus.overlayd("alice", "cleanup")
+    assert "junk" in cleaned.stdout
+    assert "only your own was cleaned up" in cleaned.stderr
     bus.overlayd("alice", "remove", "own")
 
 
