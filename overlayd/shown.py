@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PLACE: Final = f"{ROOTS}/shown"
 _UNITS: Final = "/run/systemd/system"
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9:_.@\\-]{0,247}\.service", re.ASCII)
+_QUOTES: Final = "\"'"
+"""systemd 257 reads paths with these from a unit, and then loses them on the way to the service."""
 _PREFIX, _SUFFIX = "50-overlayd-", ".conf"
 _SIZE, _INODES = 1 << 20, 4096
 _PATIENCE: Final = 90.0
@@ -57,10 +59,12 @@ def present(record: Record, mount_fd: int, unit: str) -> None:
         if record.uuid not in uuids():
             _attach(path, mount_fd, single=bool(record.entry))
         _write(record, path, unit)
-    except OSError as error:
+        _systemctl("daemon-reload")
+    except (OSError, OverlaydError) as error:
         withdraw(record.uuid, unit)
-        raise from_oserror(error, f"showing {record.name} to {unit}") from None
-    _systemctl("daemon-reload")
+        if isinstance(error, OSError):
+            raise from_oserror(error, f"showing {record.name} to {unit}") from None
+        raise
 
 
 def replace(record: Record, mount_fd: int) -> None:
@@ -121,10 +125,10 @@ def _quoted(path: str) -> str:
 
     :raises RefusedError: if it cannot be written there.
     """
-    if any(ord(character) < 32 for character in path):  # noqa: PLR2004
-        message = f"{shown(path)} has characters that no unit file can have"
+    if any(ord(character) < 32 or character in _QUOTES for character in path):  # noqa: PLR2004
+        message = f"{shown(path)} has quotes or control characters, which systemd cannot bind"
         raise RefusedError(message)
-    text = path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    text = path.replace("\\", "\\\\").replace("%", "%%")
     return '"' + text.replace(":", "\\:") + '"'
 
 
