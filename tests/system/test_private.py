@@ -35,23 +35,28 @@ def users(guest: Guest) -> Iterator[Guest]:
     )
 
 
+@pytest.mark.allow_findings(
+    "failed to set xattr on upper", "tmpfs before Linux 6.6 keeps no user.* attributes"
+)
 def test_users_see_their_own_and_root_s_beneath_and_nobody_else_does(users: Guest) -> None:
     before = users.listing(BASE)
     for user in ("alice", "bob"):
         users.overlayd("apply", "own", f"/var/tmp/of-{user}", BASE, user=user)
     users.apply("roots", users.source("roots", {"mine": "root\n"}), BASE)
     assert users.sh(f"cat {BASE}/mine") == "root"
+    # Without MOVE_MOUNT_BENEATH (6.5) there is no way to what lies between.
+    reset, then = ("", "root") if users.can("exchange by MOVE_MOUNT_BENEATH") else ("! ", "edit")
     for user in ("alice", "bob"):
         said = users.sh(
             f"""
             overlayd enter own -- cat {BASE}/mine
             overlayd enter own -- sh -c 'rm {BASE}/mine; echo edit > {BASE}/mine; cat {BASE}/mine'
-            overlayd reset own >/dev/null
+            {reset}overlayd reset own >/dev/null
             overlayd enter own -- sh -c 'cat {BASE}/mine; sudo -n true 2>&1 || echo no sudo'
             """,
             user=user,
         ).splitlines()
-        assert (said[:3], said[-1]) == ([user, "edit", "root"], "no sudo")
+        assert (said[:3], said[-1]) == ([user, "edit", then], "no sudo")
     listed = json.loads(users.overlayd("list", "--json", user="alice").out)
     assert [(each["name"], each["scope"]) for each in listed] == [
         ("own", "private"),
