@@ -145,6 +145,8 @@ def is_whole(database: str) -> bool:
             return connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
     except sqlite3.DatabaseError as error:
         return not is_damage(error, database)
+    except UnicodeDecodeError:  # of the message, which has a part of the damaged schema
+        return False
 
 
 def number(connection: sqlite3.Connection, pragma: str) -> int:
