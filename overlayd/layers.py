@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from overlayd.walker import (
     Kind,
     Walk,
+    attribute_names,
     changed,
     extents,
     has_holes,
@@ -165,11 +165,8 @@ class Copier:
         """Keep ``user.*`` attributes, never those of an overlay; none where there are none."""
         if not self._attributes:
             return
-        try:
-            names = os.listxattr(source)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        names = attribute_names(source)
+        if names is None:
             self._attributes = False
             return
         for name in names:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import select
@@ -19,6 +18,7 @@ from overlayd.walker import (
     PAGE,
     Kind,
     Walk,
+    attribute_names,
     changed,
     extents,
     has_holes,
@@ -208,14 +208,12 @@ class _Sending:
     def _read_attributes(self, fd: int) -> list[tuple[bytes, bytes]]:
         if not self._attributes:
             return []
-        try:
-            names = sorted(map(os.fsencode, filter(wanted_attribute, os.listxattr(fd))))
-            if len(names) > ATTRIBUTES_MAX:
-                message = f"{shown(self.path())} has more than {ATTRIBUTES_MAX} extended attributes"
-                raise RefusedError(message)
-            return [(name, os.getxattr(fd, name)) for name in names]
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        found = attribute_names(fd)
+        if found is None:
             self._attributes = False
             return []
+        names = sorted(map(os.fsencode, filter(wanted_attribute, found)))
+        if len(names) > ATTRIBUTES_MAX:
+            message = f"{shown(self.path())} has more than {ATTRIBUTES_MAX} extended attributes"
+            raise RefusedError(message)
+        return [(name, os.getxattr(fd, name)) for name in names]

@@ -246,6 +246,16 @@ def changed(path: str) -> RefusedError:
     return RefusedError(message, hint="apply again when nothing writes to the source")
 
 
+def attribute_names(fd: int) -> list[str] | None:
+    """Return the names of a file's extended attributes; None where its file system has none."""
+    try:
+        return os.listxattr(fd)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+
+
 def unreadable(error: OSError, path: str, doing: str = "reading") -> OverlaydError:
     """Return what an error at *path* means to the walk: it is another thing by now, or its own."""
     if error.errno in _CHANGED:

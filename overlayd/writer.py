@@ -23,6 +23,7 @@ from overlayd.walker import (
     OPEN_DIRECTORY,
     Limits,
     Measure,
+    attribute_names,
     check_size,
     conflict,
     is_directory,
@@ -192,13 +193,7 @@ def copy_directory_attributes(base: int, dest: int) -> None:
     except OSError:
         if not limited:
             raise
-    try:
-        names = os.listxattr(base)
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        names = []
-    for name in names:
+    for name in attribute_names(base) or []:
         if name.startswith(_NEVER_KEPT):
             continue
         try:
