@@ -277,3 +277,33 @@ def defaults(tmp_path: Path) -> config.Config:
     empty = tmp_path / "empty.toml"
     empty.touch()
     return config.load(empty)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Give an empty source."""
+    path = tmp_path / "source"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Give an empty base."""
+    path = tmp_path / "base"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def dest(tmp_path: Path) -> Path:
+    """Give a place where a layer is to be made."""
+    return tmp_path / "dest"
+
+
+@pytest.fixture
+def no_descriptor_stays_open() -> Iterator[None]:
+    """Insist that a test closes what it opens."""
+    before = open_fds()
+    yield
+    assert open_fds() == before

@@ -43,8 +43,9 @@ from tests.unit.conftest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_stays_open")
 ACCESS_ACL = "system.posix_acl_access"
 DEFAULT_ACL = "system.posix_acl_default"
 SOMEBODY = 65533
@@ -55,32 +56,6 @@ OLD = -(10**9) * 1000 - 1
 def copier_of(source: Path, dest: int) -> layers.Copier:
     into = writer.Writer(str(source), WIDE, dest)
     return layers.Copier(into, preserve_owner=False, progress=Progress())
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def dest(tmp_path: Path) -> Path:
-    return tmp_path / "dest"
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_stays_open() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before
 
 
 def mode(path: Path) -> int:

@@ -58,34 +58,9 @@ if TYPE_CHECKING:
 
     from overlayd.walker import Limits
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_stays_open")
 MIB: Final = 1 << 20
 TIME: Final = 1_600_000_000_123_456_789
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def dest(tmp_path: Path) -> Path:
-    return tmp_path / "dest"
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_stays_open() -> Iterator[None]:
-    before = open_fds()
-    yield
-    assert open_fds() == before
 
 
 @pytest.fixture
