@@ -184,6 +184,23 @@ class Bus(World):
         """Return the environment of what users run."""
         return {**_ENVIRONMENT, MARK: self.mark, **(env or {})}
 
+    def start_overlayd(
+        self, user: str, *arguments: str | Path, apart: bool = False
+    ) -> subprocess.Popen[str]:
+        """Start the command as *user*, *apart* in a process group of its own."""
+        return subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            env=self.environment(),
+            user=USERS[user],
+            group=USERS[user],
+            extra_groups=[],
+            start_new_session=apart,
+        )
+
     def overlayd(
         self, user: str, *arguments: str | Path, code: int | None = 0, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:

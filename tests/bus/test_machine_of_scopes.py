@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.bus.conftest import COMMAND, USERS
+from tests.bus.conftest import USERS
 
 if TYPE_CHECKING:
     from tests.bus.conftest import Bus
@@ -159,22 +158,12 @@ def test_commands_killed_at_any_moment_leave_whole_overlays_or_none(bus: Bus) ->
         command = ["apply", "own", str(source), str(base)]
         if there:
             command = [["remove", "own"], ["reset", "own", "--to", "applied"]][number % 2]
-        process = subprocess.Popen(
-            [*COMMAND, *command],
-            env=bus.environment(),
-            user=USERS["alice"],
-            group=USERS["alice"],
-            extra_groups=[],
-            cwd="/",
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = bus.start_overlayd("alice", *command, apart=True)
         time.sleep(chance.uniform(0.02, 0.25))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
-        process.wait()
+        process.communicate()
         present = names(bus, "alice")
         assert present - {"own"} == {"kept"}
         if "own" in present:

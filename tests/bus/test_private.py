@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from tests.mounts.conftest import SOURCES
 from tests.mounts.processes import eventually
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tests.bus.conftest import Bus
 
 ALICE = Path(f"/run/user/{USERS['alice']}/overlayd")
@@ -420,16 +421,7 @@ def test_apply_that_is_told_to_stop_leaves_nothing(bus: Bus) -> None:
     base = bus.base("lib", {"motd": "base"})
     source = bus.source_of("alice", "s", {f"d{n}/f{m}": "" for n in range(100) for m in range(150)})
     for number in (signal.SIGTERM, signal.SIGINT):
-        process = subprocess.Popen(
-            [*COMMAND, "apply", "own", str(source), str(base)],
-            env=bus.environment(),
-            user=USERS["alice"],
-            group=USERS["alice"],
-            extra_groups=[],
-            cwd="/",
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = bus.start_overlayd("alice", "apply", "own", source, base)
         # Told to the command alone, once its child is at it: the holder is there first.
         assert eventually(lambda: bool(holders(bus, "alice")), 20)
         time.sleep(0.05)
