@@ -27,11 +27,12 @@ def enter(names: Sequence[str], command: Sequence[str]) -> NoReturn:
     """
     with homes.opened() as home:
         found = homes.find(home)
-    present = set() if found is None else homes.names(found)
+    if found is None:
+        raise not_found(names[0])
+    present = homes.names(found)
     for name in names:
-        if found is None or name not in present:
+        if name not in present:
             raise not_found(name)
-    assert found is not None  # noqa: S101  # some names there are
     place = working_directory()
     join(found)
     become(command, place)

@@ -99,16 +99,10 @@ def start(home: int) -> int:
             return found
         flags = ["-I", "-P"] if sys.flags.isolated else []
         own = [sys.executable, *flags, "-m", "overlayd.holder", path]
-        error: OverlaydError | None = None
-        for argv in ([*_in_scope(), *own], own):
-            try:
-                return _started(argv, home)
-            except OverlaydError as failed:
-                error = failed
-            if argv == own:
-                break
-        assert error is not None  # noqa: S101
-        raise error
+        if scope := _in_scope():
+            with contextlib.suppress(OverlaydError):
+                return _started([*scope, *own], home)
+        return _started(own, home)
     finally:
         os.close(lock)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from overlayd.errors import NoPermissionError, ServiceError
@@ -33,14 +34,11 @@ class Scopes:
         """Make what does the others only if it is needed; report oddities to *warn*."""
         self._private = private
         self._make = system
-        self._made: System | None = None
         self._warn = warn
 
-    @property
+    @cached_property
     def _system(self) -> System:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        return self._make()
 
     def _of(self, name: str) -> Private | System:
         return self._private if self._private.has(name) else self._system

@@ -45,10 +45,10 @@ def begin() -> None:
             _write("setgroups", "deny")
             _write("uid_map", f"{uid} {uid} 1")
             _write("gid_map", f"{gid} {gid} 1")
-        entered()
+        _entered()
         sys.mount_propagation("/", sys.MS_REC | sys.MS_SLAVE)
     except OSError as error:
-        raise closed(error) from None
+        raise _closed(error) from None
     from overlayd.world import World  # noqa: PLC0415  # joining needs none of it
 
     World().cover()
@@ -60,10 +60,10 @@ def join(pidfd: int) -> None:
     :raises OSError: if that may not be.
     """
     sys.setns(pidfd, _kinds())
-    entered()
+    _entered()
 
 
-def entered() -> None:
+def _entered() -> None:
     """Forget what was true outside."""
     caller.capable.cache_clear()
     caller.in_user_namespace.cache_clear()
@@ -74,7 +74,7 @@ def _write(name: str, text: str) -> None:
         file.write(text)
 
 
-def closed(error: OSError) -> KernelError:
+def _closed(error: OSError) -> KernelError:
     """Say which switch keeps users from namespaces, as far as that can be found out."""
     for name, value, hint in _SWITCHES:
         with contextlib.suppress(OSError):
