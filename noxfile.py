@@ -80,7 +80,8 @@ def bus(session: nox.Session) -> None:
     if os.geteuid() != 0:
         session.skip("needs root, to be several users in a mount namespace of its own")
     polkitd = "/usr/lib/polkit-1/polkitd"
-    have(session, {"dbus-daemon": "dbus-daemon", "busctl": "systemd", polkitd: "polkitd"})
+    users = {"newuidmap": "uidmap", "gcc": "gcc", "nm": "binutils", "su": "util-linux"}
+    have(session, {"dbus-daemon": "dbus-daemon", "busctl": "systemd", polkitd: "polkitd"} | users)
     run_tests(session, "tests/bus")
 
 

@@ -14,7 +14,7 @@ from typing import Final
 from overlayd.model import RUN
 
 _UNSET: Final = 0xFFFFFFFF
-_CAP_SYS_ADMIN: Final = 21
+CAP_SYS_ADMIN: Final = 21
 _ENDED: Final = "ZX"
 """States of a process that is there no more."""
 
@@ -38,7 +38,7 @@ def capable() -> bool:
         return True
     with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
         _, _, rest = file.read().partition("\nCapEff:")
-    return bool(int(rest.split(maxsplit=1)[0], 16) >> _CAP_SYS_ADMIN & 1)
+    return bool(int(rest.split(maxsplit=1)[0], 16) >> CAP_SYS_ADMIN & 1)
 
 
 @cache

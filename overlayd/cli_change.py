@@ -60,7 +60,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # not generic in Debian
 )
 @stateroot_option
 @click.option("--allow-critical", is_flag=True, help="Permit a target the system depends on.")
-@click.option("--preserve-owner", is_flag=True, help="Keep owners; otherwise all is root's.")
+@click.option("--preserve-owner", is_flag=True, help="Keep owners; else all is root's.")
 @click.option("--private", is_flag=True, help="Only 'enter' shows it; so for users anyway.")
 @click.option(
     "--writable-dir",

@@ -14,12 +14,14 @@ from overlayd.errors import NoPermissionError
 from overlayd.model import Options, Request
 
 _REST = {"allow_interspersed_args": False}
+_AS_ROOT = "As uid 0 of the user namespace, which can change owners; needs subordinate uids."
 
 
 @click.command(short_help="Run a program that sees your private overlays.", context_settings=_REST)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="NAME... [-- COMMAND]")
+@click.option("--as-root", is_flag=True, help=_AS_ROOT)
 @common_options
-def enter(common: Common, *, words: tuple[str, ...]) -> None:
+def enter(common: Common, *, words: tuple[str, ...], as_root: bool) -> None:
     """Run COMMAND, or a shell, where the private overlays NAME can be seen.
 
     All of your private overlays are seen there, and what everybody sees, too. Any number of
@@ -31,6 +33,7 @@ def enter(common: Common, *, words: tuple[str, ...]) -> None:
       overlayd apply fix ./share/app /usr/share/app
       overlayd enter fix
       overlayd enter fix -- app --version
+      overlayd enter --as-root fix -- chown -R www-data: /usr/share/app/cache
     """  # noqa: D301
     del common  # its options are every command's
     names, command = _split(words)
@@ -38,13 +41,14 @@ def enter(common: Common, *, words: tuple[str, ...]) -> None:
         raise click.UsageError("Give the NAME of a private overlay.")
     from overlayd import entrance  # noqa: PLC0415  # after what is wrong with the words
 
-    entrance.enter(names, command)
+    entrance.enter(names, command, as_root=as_root)
 
 
 @click.command(short_help="Run a program that alone sees some overlays.", context_settings=_REST)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SOURCE:TARGET... [-- COMMAND]")
+@click.option("--as-root", is_flag=True, help=_AS_ROOT)
 @common_options
-def run(common: Common, *, words: tuple[str, ...]) -> None:
+def run(common: Common, *, words: tuple[str, ...], as_root: bool) -> None:
     """Run COMMAND, or a shell, with each SOURCE laid over its TARGET, a path under /usr.
 
     Nobody else sees them, they have no names, and they are gone when it ends.
@@ -71,7 +75,7 @@ def run(common: Common, *, words: tuple[str, ...]) -> None:
                 size=None,
             )
         )
-    common.private().run(requests, command)
+    common.private().run(requests, command, as_root=as_root)
 
 
 _unit = click.option("--unit", metavar="UNIT", help="The service, such as foo.service.")

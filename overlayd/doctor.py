@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from overlayd import __version__, features, history, mountinfo, reconcile, state
-from overlayd.errors import OverlaydError
+from overlayd import __version__, features, history, mountinfo, reconcile, state, subids, userns
+from overlayd.errors import KernelError, OverlaydError
 from overlayd.examine import memory_available
 from overlayd.model import State, human_size, shown
 from overlayd.observer import Observer
@@ -117,15 +118,19 @@ def examine(config: Callable[[], Config]) -> Report:
 
 
 def examine_service(connect: Callable[[], Service], config: Callable[[], Config]) -> Report:
-    """Look at what a user can look at; never raises for what it finds."""
+    """Look at what a user can look at; never raises for what it finds.
+
+    What the service lacks is fatal only where there can be no private overlays either.
+    """
     report = _report()
     _config(report, config)
+    fatal = not _private(report)
     try:
         service = connect()
         report.service, has_polkit = service.about()
         overlays = service.list()
     except OverlaydError as error:
-        report.note(error.message, error.hint or "use sudo", fatal=True)
+        report.note(error.message, error.hint or "use sudo", fatal=fatal)
         return report
     if report.service != __version__:
         report.note(
@@ -136,7 +141,7 @@ def examine_service(connect: Callable[[], Service], config: Callable[[], Config]
         report.note(
             "there is no polkit, so nobody can permit what you apply",
             "install the package polkitd, or use sudo",
-            fatal=True,
+            fatal=fatal,
         )
     table = mountinfo.read()
     for overlay in overlays:
@@ -148,6 +153,50 @@ def examine_service(connect: Callable[[], Service], config: Callable[[], Config]
 def _report() -> Report:
     kernel = os.uname()
     return Report(f"{kernel.sysname} {kernel.release} {kernel.machine}")
+
+
+def _private(report: Report) -> bool:
+    """Say whether this user can have private overlays, by what works in a namespace of his."""
+    found, error = _probe_inside()
+    if error:
+        report.features["private overlays"] = error.message
+        report.note(f"no private overlays: {error.message}", error.hint or "use --allow-other")
+        return False
+    works = found.works("writable overlay") and found.works("read-only overlay")
+    report.features = {
+        "private overlays": None if works else found.results.get("writable overlay"),
+        "subordinate uids": subids.missing(),
+        **found.results,
+    }
+    report.depth_left = found.depth_left
+    return works
+
+
+def _probe_inside() -> tuple[features.Features, OverlaydError | None]:
+    """Try what a user can do in a namespace of his own, in a child."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        answer: dict[str, object]
+        try:
+            try:
+                userns.begin(others=False)
+                found = features.probe()
+                answer = {"results": found.results, "depth": found.depth_left}
+            except OverlaydError as error:
+                answer = {"message": error.message, "hint": error.hint}
+            except BaseException as error:  # noqa: BLE001  # the child must not go on
+                answer = {"message": repr(error), "hint": None}
+            os.write(writing, json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as file:
+        told = json.loads(file.read() or b'{"message": "the child was ended", "hint": null}')
+    os.waitpid(child, 0)
+    if "message" in told:
+        return features.Features({}, 0), KernelError(told["message"], hint=told["hint"])
+    return features.Features(told["results"], told["depth"]), None
 
 
 def _features(report: Report) -> None:

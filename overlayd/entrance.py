@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def enter(names: Sequence[str], command: Sequence[str]) -> NoReturn:
+def enter(names: Sequence[str], command: Sequence[str], *, as_root: bool = False) -> NoReturn:
     """Become *command* where the private overlays are seen, of which *names* have to be there.
+
+    With *as_root* by uid 0 of the user namespace, which is a subordinate uid of the user's.
 
     :raises NotFoundError: if one of them is not there, or there is no such command.
     """
@@ -35,7 +37,7 @@ def enter(names: Sequence[str], command: Sequence[str]) -> NoReturn:
             raise not_found(name)
     place = working_directory()
     join(found)
-    become(command, place)
+    become(command, place, as_root=as_root)
 
 
 def working_directory() -> str:
@@ -46,7 +48,7 @@ def working_directory() -> str:
         return "/"
 
 
-def become(command: Sequence[str], place: str) -> NoReturn:
+def become(command: Sequence[str], place: str, *, as_root: bool = False) -> NoReturn:
     """Become a command, with no way to more rights than the user has."""
     try:
         os.chdir(place)
@@ -54,6 +56,8 @@ def become(command: Sequence[str], place: str) -> NoReturn:
         os.chdir("/")
     if os.geteuid() != 0:
         kernel.no_new_privs()
+    if as_root:
+        userns.become_root()
     sys.stdout.flush()
     sys.stderr.flush()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):

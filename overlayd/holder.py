@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     own = json.dumps(caller.identity(os.getpid()))
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        userns.begin()
+        userns.begin(others=True)
     except OverlaydError as error:
         sys.stderr.write(json.dumps({"message": error.message, "hint": error.hint}))
         return error.exit_code

@@ -8,6 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from overlayd import caller
 from overlayd.walker import (
     Kind,
     Walk,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from overlayd.writer import Writer
 
 _CHUNK: Final = 16 << 20
+_NOBODY: Final = 65534
+"""What the kernel shows in a user namespace for an owner that is not mapped there."""
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class Copier:
                 self._data(source, dest, facts)
                 self._xattrs(source, dest)
                 if self.preserve_owner:
-                    os.fchown(dest, facts.st_uid, facts.st_gid)
+                    os.fchown(dest, *_owner(facts))
                 os.fchmod(dest, facts.st_mode & 0o777)
                 os.utime(dest, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
             finally:
@@ -146,7 +149,7 @@ class Copier:
         writer.symlink(name, text, facts.st_mtime_ns)
         if self.preserve_owner:
             dest = writer.directory
-            os.chown(name, facts.st_uid, facts.st_gid, dir_fd=dest, follow_symlinks=False)
+            os.chown(name, *_owner(facts), dir_fd=dest, follow_symlinks=False)
         self.progress.advance(1, 0)
 
     def _leave(self, source: int) -> None:
@@ -156,7 +159,7 @@ class Copier:
             facts = os.fstat(source)
             self._xattrs(source, dest)
             if self.preserve_owner:
-                os.fchown(dest, facts.st_uid, facts.st_gid)
+                os.fchown(dest, *_owner(facts))
             os.fchmod(dest, facts.st_mode & 0o1777)
             os.utime(dest, ns=(facts.st_mtime_ns, facts.st_mtime_ns))
         self.progress.advance(1, 0)
@@ -172,3 +175,11 @@ class Copier:
         for name in names:
             if wanted_attribute(name):
                 self.writer.set_attribute(dest, name, os.getxattr(source, name))
+
+
+def _owner(facts: os.stat_result) -> tuple[int, int]:
+    """Return uid and gid to give; -1, which changes nothing, for those that cannot be told."""
+    if caller.in_user_namespace():
+        unknown = {_NOBODY: -1}
+        return unknown.get(facts.st_uid, facts.st_uid), unknown.get(facts.st_gid, facts.st_gid)
+    return facts.st_uid, facts.st_gid

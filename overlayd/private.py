@@ -165,7 +165,7 @@ class Private:
 
         :raises OverlaydError: what the apply would raise.
         """
-        return self._with_source(request, progress, Manager.describe)
+        return self._with_source(request, progress, self._describe)
 
     def apply(self, request: Request, progress: Progress) -> Overlay:
         """Make an overlay that nobody else sees.
@@ -174,7 +174,13 @@ class Private:
         """
         return self._with_source(request, progress, self._apply)
 
+    @staticmethod
+    def _describe(manager: Manager, request: Request, progress: Progress, user: User) -> list[str]:
+        _check_owners(request)
+        return manager.describe(request, progress, user)
+
     def _apply(self, manager: Manager, request: Request, progress: Progress, user: User) -> Overlay:
+        _check_owners(request)
         if os.geteuid() != 0 and not (request.options.read_only or _keeps_attributes()):
             self._warn(
                 "this kernel (before Linux 6.6) lets no directory of the base be removed or renamed"
@@ -189,9 +195,6 @@ class Private:
         work: Callable[[Manager, Request, Progress, User], _T],
     ) -> _T:
         """Do what takes a source, which is what the path leads to where the caller is."""
-        if request.options.preserve_owner and os.geteuid() != 0:
-            message = "only root can use --preserve-owner"
-            raise NoPermissionError(message)
         self._load()
         source = targets.open_source(request.source)
         try:
@@ -225,19 +228,23 @@ class Private:
 
     # -- for once ------------------------------------------------------------------------------
 
-    def run(self, requests: Sequence[Request], command: Sequence[str]) -> NoReturn:
+    def run(
+        self, requests: Sequence[Request], command: Sequence[str], *, as_root: bool
+    ) -> NoReturn:
         """Become *command* with overlays that are its own and go with it.
+
+        With *as_root* by uid 0 of the user namespace, as :func:`entrance.enter` does.
 
         :raises OverlaydError: if one of them cannot be made.
         """
         self._load()
         place = entrance.working_directory()
         sources = [targets.open_source(request.source) for request in requests]
-        userns.begin()
+        userns.begin(others=as_root)
         manager = self._manager()
         for request, source in zip(requests, sources, strict=True):
             manager.apply(request, Progress(), User(self._owner, source))
-        entrance.become(command, place)
+        entrance.become(command, place, as_root=as_root)
 
     # Last, as the name hides the type within the class from here on.
     def list(self, *, draining: bool = False) -> list[Overlay]:
@@ -251,6 +258,13 @@ class Private:
 
 
 # -- work inside -------------------------------------------------------------------------------
+
+
+def _check_owners(request: Request) -> None:
+    """Refuse to keep owners where there are none but the user himself."""
+    if request.options.preserve_owner and os.geteuid() != 0 and not userns.maps_others():
+        message = "--preserve-owner takes root, or subordinate uids"
+        raise NoPermissionError(message, hint="see subuid(5), and docs/private.md")
 
 
 def _keeps_attributes() -> bool:

@@ -58,6 +58,7 @@ UMOUNT_NOFOLLOW: Final = 8
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
 _PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAPBSET_DROP: Final = 24
 
 STATX_TYPE: Final = 0x01
 STATX_MNT_ID: Final = 0x1000
@@ -338,9 +339,17 @@ def setns(fd: int, flags: int) -> None:
 
 def no_new_privs() -> None:
     """See to it that nothing this process becomes gains rights by set-id bits or capabilities."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def drop_from_bounding_set(capability: int) -> None:
+    """See to it that no program this process becomes has *capability*."""
+    _prctl(_PR_CAPBSET_DROP, capability)
+
+
+def _prctl(option: int, argument: int) -> None:
     zero = ctypes.c_ulong(0)
-    one = ctypes.c_ulong(1)
-    if _libc.prctl(ctypes.c_int(_PR_SET_NO_NEW_PRIVS), one, zero, zero, zero) < 0:
+    if _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero) < 0:
         raise _fail("prctl")
 
 

@@ -78,6 +78,9 @@ class World:
         except (OSError, ValueError, KeyError, TypeError):
             message = f"{RUN} is a mount, but not overlayd's"
             raise RefusedError(message, hint=f"see 'findmnt {RUN}'") from None
+        if facts.st_uid != os.geteuid():
+            message = f"this is inside of 'overlayd enter' of uid {facts.st_uid}"
+            raise RefusedError(message, hint="use another terminal")
         if boot != self.boot_id:
             message = f"{RUN} is left from another boot"
             raise RefusedError(message, hint=f"umount -R {RUN}") from None

@@ -188,11 +188,8 @@ def copy_directory_attributes(base: int, dest: int) -> None:
     """
     facts = os.fstat(base)
     limited = caller.in_user_namespace()
-    try:
+    if not limited:
         os.fchown(dest, facts.st_uid, facts.st_gid)
-    except OSError:
-        if not limited:
-            raise
     for name in attribute_names(base) or []:
         if name.startswith(_NEVER_KEPT):
             continue

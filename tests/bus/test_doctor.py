@@ -9,6 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from overlayd import __version__
+from tests.bus.conftest import COMMAND
 from tests.bus.peer import Peer
 from tests.mounts.conftest import mount
 from tests.mounts.processes import eventually
@@ -28,6 +29,7 @@ def test_doctor_of_a_user_is_content_where_service_and_polkit_are(bus: Bus) -> N
     bus.serve()
     report = json.loads(bus.overlayd("alice", "doctor", "--json").stdout)
     assert (report["ok"], report["problems"], report["service"]) == (True, [], __version__)
+    assert report["features"]["private overlays"] is True
     assert "overlayd works here" in bus.overlayd("alice", "doctor").stdout
 
 
@@ -51,8 +53,25 @@ def test_doctor_says_that_polkit_the_service_or_the_bus_is_missing(bus: Bus) -> 
     mount("services", "/usr/share/dbus-1/system-services", "tmpfs")
     bus.call("org.freedesktop.DBus", "/", "org.freedesktop.DBus", "ReloadConfig")
     assert eventually(lambda: not bus.has_name("org.freedesktop.PolicyKit1"), 10)
-    assert "no polkit" in problems(bus, "alice", 10)[0]
+    # Private overlays need none of them.
+    assert "no polkit" in problems(bus, "alice")[0]
     bus.stop("service")
-    assert "no service" in problems(bus, "alice", 10)[0]
+    assert "no service" in problems(bus, "alice")[0]
     bus.stop("dbus", signal.SIGKILL)
-    assert "bus cannot be reached" in problems(bus, "alice", 10)[0]
+    assert "bus cannot be reached" in problems(bus, "alice")[0]
+
+
+def test_doctor_says_why_a_user_has_no_private_overlays(bus: Bus) -> None:
+    # Of a namespace around, so that nobody else is kept from anything.
+    script = f"echo 0 > /proc/sys/user/max_user_namespaces; {' '.join(COMMAND)} doctor --json"
+    around = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", script]
+    bus.serve()
+    report = json.loads(bus.as_user("alice", *around).stdout)
+    assert (report["ok"], report["features"]) == (True, {"private overlays": False})
+    [problem] = report["problems"]
+    assert "user.max_user_namespaces=0" in problem["text"]
+    assert "sysctl" in problem["hint"]
+    bus.stop("service")
+    bus.stop("dbus", signal.SIGKILL)
+    report = json.loads(bus.as_user("alice", *around, code=10).stdout)
+    assert [problem["fatal"] for problem in report["problems"]] == [False, True]

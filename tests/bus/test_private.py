@@ -7,9 +7,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.bus.conftest import COMMAND, PYTHON, USERS
 from tests.mounts.conftest import COMMAND as ROOTS
@@ -17,8 +21,6 @@ from tests.mounts.conftest import SOURCES
 from tests.mounts.processes import eventually
 
 if TYPE_CHECKING:
-    import subprocess
-
     from tests.bus.conftest import Bus
 
 ALICE = Path(f"/run/user/{USERS['alice']}/overlayd")
@@ -432,3 +434,214 @@ def test_apply_that_is_told_to_stop_leaves_nothing(bus: Bus) -> None:
         assert (base / "motd").read_text() == "base"
     bus.overlayd("alice", "apply", "own", source, base)
     bus.overlayd("alice", "remove", "own")
+
+
+@pytest.fixture
+def subordinate(bus: Bus) -> Bus:
+    """Give a bus whose alice has subordinate uids, around her own: 0 is 200000, 7002 is 207001."""
+    for name in ("newuidmap", "newgidmap"):
+        if shutil.which(name) is None:
+            pytest.skip("not installed here: uidmap")
+    for name in ("subuid", "subgid"):
+        Path(f"/etc/{name}").write_text("bob:400000:65536\nalice:200000:100\nalice:200100:65436\n")
+    return bus
+
+
+def test_subordinate_uids_give_owners_to_what_is_the_user_s(subordinate: Bus) -> None:
+    bus, alice = subordinate, USERS["alice"]
+    base = bus.base("lib", {"motd": "base", "sub/deep": "base"})
+    source = bus.source_of("alice", "s", {"mine": "alice", "theirs": "x", "strange": "x"})
+    os.chown(source / "theirs", 200033, 200033)
+    os.chown(source / "strange", 0, 0)
+    bus.overlayd("alice", "apply", "own", source, base, "--preserve-owner")
+    [pid] = holders(bus, "alice")
+    lines = Path(f"/proc/{pid}/uid_map").read_text().splitlines()
+    assert sorted([int(number) for number in line.split()] for line in lines) == [
+        [0, 200000, 100],
+        [100, 200100, alice - 100],
+        [alice, alice, 1],
+        [alice + 1, 200000 + alice, 65536 - alice],
+    ]
+    seen = f"stat -c '%n %u' {base} {base}/*"
+    listed = {
+        "": alice,
+        "/mine": alice,
+        "/motd": 65534,
+        "/strange": alice,
+        "/sub": 65534,
+        "/theirs": 33,
+    }
+    expected = [f"{base}{name} {uid}" for name, uid in listed.items()]
+    assert inside(bus, "alice", "own", seen).splitlines() == expected
+    # As root of that, owners can be changed, and daemons can become somebody else.
+    said = bus.overlayd(
+        *("alice", "enter", "--as-root", "own", "--", "sh", "-c"),
+        f"""
+        id -u; chown 0:42 {base}/mine && stat -c '%u %g' {base}/mine
+        setpriv --reuid=33 --regid=33 --clear-groups cat {base}/theirs && echo
+        grep -E '^(NoNewPrivs|CapEff)' /proc/self/status | tr -d '\\t'
+        # But no right to what is not the user's, nor to mounts.
+        echo x 2>/dev/null >> {base}/motd || echo denied
+        cat /etc/shadow 2>&1 | grep -o 'Permission denied'
+        chown 0 {base}/sub/deep 2>/dev/null || echo denied
+        umount {base} 2>/dev/null || echo denied
+        """,
+    ).stdout.splitlines()
+    caps = said.pop(3)
+    assert said == [
+        *("0", "0 42", "x", "NoNewPrivs:1", "denied", "Permission denied", "denied", "denied")
+    ]
+    assert not int(caps.partition(":")[2], 16) >> 21 & 1  # CAP_SYS_ADMIN
+    assert inside(bus, "alice", "own", f"stat -c '%u %g' {base}/mine") == "0 42\n"
+    # A reset is as ever, and what is outside is as it was.
+    bus.overlayd("alice", "reset", "own", "--to", "applied")
+    assert inside(bus, "alice", "own", seen).splitlines() == expected
+    from_within = " ".join([*COMMAND, "remove", "own"])
+    bus.overlayd("alice", "enter", "--as-root", "own", "--", "sh", "-c", from_within, code=5)
+    assert bus.overlayd(
+        "alice", "run", "--as-root", f"{source}:{base}", "--", "sh", "-c", "id -u"
+    ).stdout == ("0\n")
+    bus.overlayd("alice", "remove", "own")
+    assert os.stat(source / "theirs").st_uid == 200033
+    assert holders(bus, "alice") == []
+
+
+def test_without_subordinate_uids_it_is_said_and_one_s_own_is_enough(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    for name, text in (("subuid", "bob:400000:65536\nalice:x:y\nalice\n"), ("subgid", "")):
+        Path(f"/etc/{name}").write_text(text)
+    said = bus.overlayd("alice", "apply", "own", source, base, "--preserve-owner", code=7).stderr
+    assert "subordinate" in said
+    assert holders(bus, "alice") == []
+    bus.overlayd("alice", "apply", "own", source, base)
+    said = bus.overlayd("alice", "enter", "--as-root", "own", code=5).stderr
+    assert "/etc/subgid gives you none" in said
+    said = bus.overlayd("alice", "run", "--as-root", f"{source}:{base}", code=5).stderr
+    assert "/etc/subgid gives you none" in said
+    bus.overlayd("alice", "remove", "own")
+    # What is configured but cannot be had changes nothing.
+    Path("/etc/subuid").write_text("alice:7002:65536\n")
+    Path("/etc/subgid").write_text("alice:100:4294967295\n")
+    bus.overlayd("alice", "apply", "own", source, base)
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    bus.overlayd("alice", "remove", "own")
+
+
+_FAKE = """
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+__attribute__((constructor)) static void evil(void) {
+    printf("loaded by %d, shadow %d\\n", geteuid(), open("/etc/shadow", O_RDONLY) >= 0);
+    fflush(stdout);
+    _exit(0);
+}
+"""
+
+
+def fake_library(real: Path, place: Path) -> None:
+    """Build a library with the symbols of a real one, that says as whom it is loaded."""
+    told = subprocess.run(
+        ["nm", "-D", "--defined-only", real], capture_output=True, text=True, check=True
+    ).stdout
+    versions: dict[str, list[str]] = {}
+    for name in {line.split()[-1] for line in told.splitlines() if line.split()[-2] == "T"}:
+        symbol, _, version = name.partition("@")
+        versions.setdefault(version.lstrip("@"), []).append(symbol)
+    text = _FAKE + "".join(f"int {n}(void) {{ return 1; }}\n" for v in versions.values() for n in v)
+    (place / "fake.c").write_text(text)
+    script = "".join(f"{v} {{ global: {'; '.join(names)}; }};\n" for v, names in versions.items())
+    (place / "fake.map").write_text(script)
+    subprocess.run(
+        [
+            *("gcc", "-shared", "-fPIC", f"-Wl,-soname,{real.name}", "-o", place / real.name),
+            *(f"-Wl,--version-script={place / 'fake.map'}", place / "fake.c"),
+        ],
+        check=True,
+    )
+
+
+def test_fake_library_under_a_set_id_program_gains_nothing(bus: Bus) -> None:
+    for program, package in (("gcc", "gcc"), ("nm", "binutils"), ("su", "util-linux")):
+        if shutil.which(program) is None:
+            pytest.skip(f"not installed here: {package}")
+    real = next(Path("/usr/lib").glob("*/libpam.so.0"))
+    build = bus.source_of("alice", "build", {})
+    fake_library(real, build)
+    source = bus.source_of("alice", "s", {})
+    shutil.copy(build / real.name, source)
+    # That it would be root if it could: so the system's own library is exchanged.
+    subprocess.run(["mount", "--bind", build / real.name, real.resolve()], check=True)
+    assert bus.as_user("alice", "su", "bob").stdout == "loaded by 0, shadow 1\n"
+    subprocess.run(["umount", real.resolve()], check=True)
+    bus.overlayd("alice", "apply", "own", source, real.parent)
+    expected = f"loaded by {USERS['alice']}, shadow 0\n"
+    assert bus.overlayd("alice", "enter", "own", "--", "su", "bob").stdout == expected
+    once = ("run", f"{source}:{real.parent}", "--", "su", "bob")
+    assert bus.overlayd("alice", *once).stdout == expected
+    if shutil.which("newuidmap"):
+        for name in ("subuid", "subgid"):
+            Path(f"/etc/{name}").write_text("alice:200000:65536\n")
+        assert bus.overlayd("alice", "run", "--as-root", *once[1:]).stdout == (
+            "loaded by 0, shadow 0\n"
+        )
+    # Nobody else's su is any other.
+    assert "loaded" not in bus.as_user("bob", "su", "alice", code=None).stdout
+    bus.overlayd("alice", "remove", "own")
+
+
+_TRACE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+ATTACH, SEIZE = 16, 0x4206
+pid = int(sys.argv[1])
+for request in (ATTACH, SEIZE):
+    print(libc.ptrace(request, pid, None, None), os.strerror(ctypes.get_errno()))
+for name in ("mem", "environ", "fd", "ns/mnt"):
+    try:
+        path = f"/proc/{pid}/{name}"
+        {"fd": os.listdir, "ns/mnt": os.readlink}.get(name, open)(path)
+        print("got", name)
+    except PermissionError:
+        pass
+"""
+
+
+def shows(file: Path, data: bytes) -> bool:
+    """Whether that is what a file has."""
+    return file.read_bytes() == data
+
+
+def test_nobody_else_traces_what_is_inside(subordinate: Bus) -> None:
+    bus = subordinate
+    base = bus.base("lib", {"motd": "base"})
+    bus.overlayd("alice", "apply", "own", bus.source_of("alice", "s", {"motd": "alice"}), base)
+    entered = [
+        bus.start_overlayd("alice", "enter", *option, "own", "--", "sleep", "100")
+        for option in ([], ["--as-root"])
+    ]
+    sleeps = b"sleep\x00100\x00"
+    pids = [*holders(bus, "alice"), *(process.pid for process in entered)]
+    for process in entered:
+        assert eventually(partial(shows, Path(f"/proc/{process.pid}/cmdline"), sleeps))
+    for pid in pids:
+        said = bus.as_user("bob", *PYTHON, "-c", _TRACE, str(pid)).stdout
+        assert said == "-1 Operation not permitted\n" * 2
+        assert bus.as_user("bob", "kill", "-0", str(pid), code=None).returncode != 0
+    # Nor does root of bob's own namespace, nor of alice's subordinate uids what is bob's.
+    as_root = ["unshare", "--user", "--map-root-user", *PYTHON, "-c", _TRACE, str(pids[0])]
+    assert bus.as_user("bob", *as_root).stdout == "-1 Operation not permitted\n" * 2
+    bus.overlayd("bob", "apply", "own", bus.source_of("bob", "s", {"motd": "bob"}), base)
+    [other] = holders(bus, "bob")
+    bus.overlayd(
+        *("alice", "enter", "--as-root", "own", "--", "sh", "-c"),
+        f"kill {other} || nsenter -t {other} -U -m true || cat /proc/{other}/root{base}/motd",
+        code=1,
+    )
+    for process in entered:
+        process.kill()
+        process.communicate()
+    for user in ("alice", "bob"):
+        bus.overlayd(user, "remove", "own", "--lazy")
+    assert bus.leftovers() == []

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from tests.system.guest import Guest
 
+pytestmark = pytest.mark.allow_findings(
+    "failed to set xattr on upper", "tmpfs before Linux 6.6 keeps no user.* attributes"
+)
 BASE = "/usr/share/base-files"
 # As a login does it: a session of logind's, a manager of the user's own, a runtime directory.
 _LOGIN = "systemd-run --quiet --pipe --wait --uid=alice -p PAMName=login -- sh -euc"
@@ -35,9 +38,6 @@ def users(guest: Guest) -> Iterator[Guest]:
     )
 
 
-@pytest.mark.allow_findings(
-    "failed to set xattr on upper", "tmpfs before Linux 6.6 keeps no user.* attributes"
-)
 def test_users_see_their_own_and_root_s_beneath_and_nobody_else_does(users: Guest) -> None:
     before = users.listing(BASE)
     for user in ("alice", "bob"):
@@ -108,6 +108,7 @@ def test_reboot_leaves_nothing_of_it(fresh: Guest) -> None:
     fresh.sh("mkdir /var/tmp/of-alice; echo alice > /var/tmp/of-alice/mine", user="alice")
     fresh.overlayd("apply", "own", "/var/tmp/of-alice", BASE, user="alice")
     fresh.machine.reboot()
+    fresh.machine.wait_for_unit("dbus.socket")
     assert fresh.listing(BASE) == before
     assert fresh.overlayd("list", user="alice").out == "no overlays\n"
     fresh.overlayd("apply", "own", "/var/tmp/of-alice", BASE, user="alice")
