@@ -28,6 +28,7 @@ from overlayd.world import World, write_whole
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_RECORD: Final = 256 << 10
 _PATIENCE: Final = 10.0
 """Seconds that a short operation waits for another on the same overlay."""
@@ -65,6 +66,8 @@ def _take(fd: int, patience: float) -> None:
                 hint = f"it hangs or was stopped: fuser -v {_LOCK}"
                 raise BusyError(message, hint=hint) from None
             time.sleep(0.002)
+        except OSError as error:
+            raise from_oserror(error, f"locking {_LOCK}") from None
         else:
             return
 
@@ -73,8 +76,19 @@ class Lock:
     """The lock of one overlay; held by whoever works on it."""
 
     def __init__(self, fd: int) -> None:
-        """Take over the locked *fd*."""
+        """Take over *fd*, the overlay's storage directory."""
         self._fd = fd
+
+    def take(self) -> bool:
+        """Lock it, and say whether it is this process's now; not if what it is of is gone.
+
+        :raises OSError: if that cannot be.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return os.fstat(self._fd).st_nlink > 0
 
     def release(self) -> None:
         """Let go; a second time does nothing."""
@@ -145,7 +159,10 @@ class Store(World):
         :param patience: seconds to wait for it, :data:`WORLD_PATIENCE` unless given.
         :raises BusyError: if another command keeps it: one that hangs, or was stopped.
         """
-        fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise from_oserror(error, f"opening {_LOCK}") from None
         try:
             _take(fd, WORLD_PATIENCE if patience is None else patience)
             self._lock_fd = fd
@@ -176,7 +193,7 @@ class Store(World):
         if before == self._given_out:
             self._given_out = count
         # Storage without a record would be looked for by ``cleanup`` alone.
-        self.write(record)
+        self.write(record, first=True)
         os.mkdir(storage_path(record.uuid), 0o700)
         lock = self.try_lock(record.uuid)
         if lock is None:
@@ -188,19 +205,24 @@ class Store(World):
         """Take the overlay's lock; None if somebody holds it, or it was removed meanwhile.
 
         :raises FileNotFoundError: if there is no storage to lock.
+        :raises OverlaydError: if it cannot be locked.
         """
-        fd = os.open(
-            storage_path(uuid), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        )
+        path = storage_path(uuid)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+            lock = Lock(os.open(path, _OPEN_DIRECTORY))
+            try:
+                taken = lock.take()
+            except OSError:
+                lock.release()
+                raise
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise from_oserror(error, f"locking {path}") from None
+        if not taken:
+            lock.release()
             return None
-        if os.fstat(fd).st_nlink == 0:
-            os.close(fd)
-            return None
-        return Lock(fd)
+        return lock
 
     def lock(self, record: Record, patience: float = _PATIENCE) -> Lock:
         """Take the overlay's lock, waiting *patience* seconds for a short operation to end.
@@ -325,25 +347,18 @@ class Store(World):
             self._warn(f"record {shown(name)}: {reason}; moved to {shown(target)}")
             return
 
-    def write(self, record: Record) -> None:
-        """Write *record* whole.
+    def write(self, record: Record, *, first: bool = False) -> None:
+        """Write *record* whole; *first* if there is none of its overlay yet.
+
+        What is left when this process is killed is a file beside the record that the next write or
+        :meth:`drop` takes; beside a first one nothing would, so that is written without a name.
 
         :raises OverlaydError: if it cannot be written.
         """
-        fresh = f"{RECORDS}/.new-{record.uuid}"
+        data = records.encode(record)
         try:
-            fd = os.open(
-                fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-            try:
-                inode = os.fstat(fd).st_ino
-                write_whole(fd, records.encode(record))
-            finally:
-                os.close(fd)
-            os.rename(fresh, f"{RECORDS}/{record.uuid}.json")
+            inode = (_write_first if first else _write_over)(record.uuid, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
             raise from_oserror(error, f"writing the record of {record.name}") from None
         self._inodes[f"{record.uuid}.json"] = inode
         self._remember(f"{record.uuid}.json", record)
@@ -375,6 +390,41 @@ class Store(World):
             for part in os.listdir(top):
                 _unmount_all(f"{top}/{part}")
             os.rmdir(top)
+
+
+def _write_first(uuid: str, data: bytes) -> int:
+    """Write a record's file under its name at once; return its inode."""
+    folder = os.open(RECORDS, _OPEN_DIRECTORY)
+    try:
+        fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        try:
+            write_whole(fd, data)
+            os.link(f"/proc/self/fd/{fd}", f"{uuid}.json", dst_dir_fd=folder, follow_symlinks=True)
+            return os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
+    finally:
+        os.close(folder)
+
+
+def _write_over(uuid: str, data: bytes) -> int:
+    """Exchange a record's file by another one; return its inode."""
+    fresh = f"{RECORDS}/.new-{uuid}"
+    try:
+        fd = os.open(
+            fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        try:
+            inode = os.fstat(fd).st_ino
+            write_whole(fd, data)
+        finally:
+            os.close(fd)
+        os.rename(fresh, f"{RECORDS}/{uuid}.json")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise
+    return inode
 
 
 def _is_mount(path: str) -> bool:
