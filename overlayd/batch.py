@@ -198,6 +198,8 @@ def _timed(outcome: Outcome) -> Iterator[None]:
         yield
     except OverlaydError as error:
         outcome.error = error
+    except OSError as error:
+        outcome.error = from_oserror(error, f"applying {outcome.request.name}")
     finally:
         outcome.seconds += time.monotonic() - start
 

@@ -7,13 +7,16 @@ import contextlib
 import io
 import os
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 import click
 
 from overlayd import __version__, render
-from overlayd.errors import InterruptedByUserError, OverlaydError, UsageError
+from overlayd.errors import InterruptedByUserError, OverlaydError, UsageError, from_oserror
 from overlayd.model import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LOOK: Final = {"list": "list_", "status": "", "dump": "", "doctor": "", "cleanup": ""}
 _CHANGE: Final = ("apply", "reset", "remove", "batch")
@@ -33,6 +36,10 @@ class _Commands(click.Group):
             # Whoever read the output has seen enough; what was asked for is done.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return None
+        except OSError as error:
+            # What reads or writes has nothing more precise to say of it.
+            doing = error.filename or ctx.invoked_subcommand or "overlayd"
+            raise from_oserror(error, shown(str(doing))) from None
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -86,6 +93,43 @@ def app() -> None:
     """  # noqa: D301  # \b is click's mark for text that is not rewrapped
 
 
+class _Output(io.TextIOWrapper):
+    """A standard stream whose own faults are told from those of what a command does."""
+
+    def write(self, text: str, /) -> int:
+        """Write *text*.
+
+        :raises OverlaydError: if it cannot be; nothing is written from then on.
+        """
+        with self._told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what is held back, and fail as :meth:`write` does."""
+        with self._told():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise OverlaydError(f"writing the output: {error.strerror}") from None
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    encoding, by_lines = stream.encoding, stream.line_buffering
+    # What cannot be said in the terminal's encoding is said all the same.
+    return _Output(
+        stream.detach(), encoding=encoding, errors="backslashreplace", line_buffering=by_lines
+    )
+
+
 def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None:
     with contextlib.suppress(OSError):
         if as_json:
@@ -107,11 +151,8 @@ def main() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     # And printing to one must not fail.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+    sys.stdout = _guarded(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    sys.stderr = _guarded(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     try:
         app.main(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="overlayd")
     except OverlaydError as error:
@@ -127,10 +168,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _report(InterruptedByUserError.code, "interrupted", None, as_json=as_json)
         sys.exit(InterruptedByUserError.exit_code)
-    except OSError as error:
-        # Nearly all that is left untranslated below is the output's own.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        doing = "writing the output" if error.filename is None else str(error.filename)
-        message = shown(f"{doing}: {error.strerror}")
+    except (ImportError, MemoryError) as error:
+        message = shown(f"loading it: {error}") if str(error) else "out of memory"
         _report(OverlaydError.code, message, None, as_json=as_json)
         sys.exit(OverlaydError.exit_code)

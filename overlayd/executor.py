@@ -125,7 +125,7 @@ class Executor:
                 if not self._decided:
                     self.roll_back()
                 if isinstance(error, OSError):
-                    raise _translate(error, operation) from error
+                    raise _translate(error, operation, decided=self._decided) from error
                 raise
 
     def _point(self, when: str, operation: Operation) -> None:
@@ -148,8 +148,10 @@ class Executor:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
-def _translate(error: OSError, operation: Operation) -> OverlaydError:
+def _translate(error: OSError, operation: Operation, *, decided: bool) -> OverlaydError:
+    hint = "what was asked for is done; the next command finishes the rest" if decided else None
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         message = f"no space left while trying to {operation.describe()}"
-        return SpaceError(message, hint="see 'overlayd list' and the limits in the configuration")
-    return from_oserror(error, operation.describe())
+        hint = hint or "see 'overlayd list' and the limits in the configuration"
+        return SpaceError(message, hint=hint)
+    return from_oserror(error, operation.describe(), hint=hint)

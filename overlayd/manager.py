@@ -304,7 +304,16 @@ class Manager(Observer):
         return run
 
     def _shown(self, run: Run) -> Overlay:
-        """Return the overlay that a run has just attached, without reading the table again."""
+        """Return the overlay that a run has just attached, without reading the table again.
+
+        It is attached: that something about it cannot be seen is no failure.
+        """
+        try:
+            return self._seen(run)
+        except OSError:
+            return Overlay(run.record, State.ACTIVE, None, None)
+
+    def _seen(self, run: Run) -> Overlay:
         record, tree = run.record, run.record.tree
         # By path: what arrived by propagation is a copy of the mount that was built.
         mount_id = mountinfo.top_mount_id(record.mount_point)
