@@ -17,7 +17,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
-from overlayd import caller, entrance, homes, overlayfs, plan, shown, targets, userns
+from overlayd import caller, entrance, homes, overlayfs, plan, shown, subids, targets, userns
 from overlayd.cleanup import Action
 from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, RefusedError
 from overlayd.manager import Manager, User
@@ -196,6 +196,8 @@ class Private:
     ) -> _T:
         """Do what takes a source, which is what the path leads to where the caller is."""
         self._load()
+        if request.options.preserve_owner and os.geteuid() != 0 and (why := subids.missing()):
+            raise _no_owners(why)
         source = targets.open_source(request.source)
         try:
             with homes.opened(make=True) as home:
@@ -263,8 +265,11 @@ class Private:
 def _check_owners(request: Request) -> None:
     """Refuse to keep owners where there are none but the user himself."""
     if request.options.preserve_owner and os.geteuid() != 0 and not userns.maps_others():
-        message = "--preserve-owner takes root, or subordinate uids"
-        raise NoPermissionError(message, hint="see subuid(5), and docs/private.md")
+        raise _no_owners("they were not there when the first private overlay was made")
+
+
+def _no_owners(why: str) -> NoPermissionError:
+    return NoPermissionError("--preserve-owner takes root, or subordinate uids", hint=why)
 
 
 def _keeps_attributes() -> bool:
