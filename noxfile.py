@@ -24,6 +24,7 @@ PYTHON_SOURCES = ("overlayd", "harness", "noxfile.py", "tests", "benchmarks", "d
 # Bounded where a newer release is allowed to find more: an old commit must stay green.
 LINTERS = ("ruff~=0.17.6", "mypy>=2.4,<3", "import-linter>=2.3", "nox")
 TESTS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+FAULTS = ("python-ptrace>=0.9.9",)
 COVERAGE = "coverage>=7.10.3"  # its subprocess patch
 MACHINES = ("pytest>=8", "pytest-xdist>=3.6", "pytest-testinfra>=10")
 RESULTS = ROOT / "build"
@@ -50,7 +51,7 @@ KERNEL_TESTS = (
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, the rule of imports and the shape of the tree."""
-    install_project(session, *LINTERS, *TESTS, *MACHINES)
+    install_project(session, *LINTERS, *TESTS, *MACHINES, *FAULTS)
     sources = [name for name in PYTHON_SOURCES if (ROOT / name).exists()]
     session.run("ruff", "check", *sources)
     session.run("ruff", "format", "--check", *sources)

@@ -91,4 +91,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.when == "call":  # type: ignore[attr-defined]
         item.stash[_REPORT] = report.passed  # type: ignore[attr-defined]
-    return report  # type: ignore[return-value]
+    return report
