@@ -251,7 +251,7 @@ _ENVIRONMENT: Final = {
 }
 
 
-def _furnish() -> None:
+def furnish() -> None:
     """Put users, policies and rules where programs look for them."""
     for path in (Path("/run/dbus"), Path(_SITE), Path(_PROJECT), Path(_PREFIX)):
         path.mkdir(parents=True)
@@ -306,7 +306,7 @@ def bus() -> Iterator[Bus]:
     if missing := [package for name, package in needed.items() if shutil.which(name) is None]:
         pytest.skip(f"not installed here: {', '.join(missing)}")
     enter_new_world()
-    _furnish()
+    furnish()
     made = Bus()
     try:
         made.begin()

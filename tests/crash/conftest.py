@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.bus.conftest import bus  # noqa: F401  # a fixture
-from tests.mounts.conftest import either_world, world  # noqa: F401  # fixtures
+from tests.bus.conftest import MARK, Bus, bus, furnish  # noqa: F401  # a fixture
+from tests.crash import tracing
+from tests.crash.private_scenes import Users
+from tests.mounts.conftest import either_world, enter_new_world, world  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,3 +94,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if report.when == "call":  # type: ignore[attr-defined]
         item.stash[_REPORT] = report.passed  # type: ignore[attr-defined]
     return report
+
+
+@pytest.fixture
+def users() -> Iterator[Users]:
+    """Give a world of users without a bus, as private overlays need none."""
+    tracing.need()
+    enter_new_world()
+    furnish()
+    world_of_users = Bus()
+    os.environ[MARK] = world_of_users.mark
+    try:
+        yield Users(world_of_users)
+    finally:
+        world_of_users.close()
+        os.chdir("/")

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.crash import tracing
+from tests.crash.private_scenes import SCENES as PRIVATE
 from tests.crash.scenes import SCENES, Scene, Stage, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.crash.conftest import Proof
+    from tests.crash.private_scenes import Users
     from tests.crash.tracing import Outcome, Point
     from tests.mounts.conftest import World
 
@@ -128,3 +130,35 @@ def test_each_call_that_changes_something_fails(world: World, proof: Proof, name
 def test_each_call_that_looks_fails(world: World, proof: Proof, name: str) -> None:
     """An errno of each class from each system call that looks at something."""
     fail_each(world, SCENES[name], tracing.LOOKING, proof)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_each_call_of_a_private_command_fails(users: Users, proof: Proof, name: str) -> None:
+    """An errno from each system call of a command of private overlays."""
+    scene = PRIVATE[name]
+    proof.random = not proof.whole
+    users.clear()
+    scene.prepare(users)
+    before = users.view()
+    whole = scene.run(users)
+    assert whole.code == 0, whole.said
+    after = users.view()
+    every = [*cases(whole.points, proof.seed, whole=proof.whole)]
+    for number, error in every if proof.whole else every[proof.seed % 6 :: 6]:
+        users.clear()
+        scene.prepare(users)
+        outcome = scene.run(users, tracing.at(number, error))
+        if outcome.acted is None:
+            continue
+        proof.count()
+        try:
+            assert "Traceback" not in outcome.said
+            assert outcome.code in CODES
+            users.check(*([after] if outcome.code == 0 else [before, after]))
+            if outcome.code and users.view() == before:
+                assert scene.run(users).code == 0
+                users.check(after)
+        except BaseException as problem:
+            problem.add_note(f"{errno.errorcode[error]} of {outcome.acted}: {outcome}")
+            raise
+    users.clear()

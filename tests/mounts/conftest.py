@@ -238,11 +238,10 @@ class World:
             assert len(mounts) == 1, mounts
         assert set(os.listdir(RUN / "storage")) == uuids
         # A killed command may leave a new version of a record, which the next one takes.
-        kept = {name for name in os.listdir(RUN / "records") if not name.startswith(".new-")}
-        assert {name.removesuffix(".json") for name in kept} == uuids
-        assert {
-            name.removeprefix(".new-") for name in {*os.listdir(RUN / "records")} - kept
-        } <= uuids
+        names = {*os.listdir(RUN / "records")}
+        fresh = {name for name in names if name.startswith(".new-")}
+        assert {name.removesuffix(".json") for name in names - fresh} == uuids
+        assert {name.removeprefix(".new-") for name in fresh} <= uuids
         expected = set()
         for overlay in overlays:
             assert overlay.record.tree is not None
