@@ -16,7 +16,7 @@ from harness import host, userland  # noqa: E402  # the standard library is all 
 from harness.errors import HarnessError  # noqa: E402
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "unit", "mounts", "bus", "kernels", "system", "harness"]
+nox.options.sessions = ["lint", "unit", "mounts", "bus", "crash", "kernels", "system", "harness"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -39,6 +39,15 @@ HARNESS_PROGRAMS = {
     "systemd-nspawn": "systemd-container",
     "podman": "podman",
     "crun": "crun",
+}
+BUS_PROGRAMS = {
+    "dbus-daemon": "dbus-daemon",
+    "busctl": "systemd",
+    "/usr/lib/polkit-1/polkitd": "polkitd",
+    "newuidmap": "uidmap",
+    "gcc": "gcc",
+    "nm": "binutils",
+    "su": "util-linux",
 }
 # What may differ from kernel to kernel; `nox -s kernels -- tests/mounts` runs everything.
 KERNEL_TESTS = (
@@ -80,10 +89,36 @@ def bus(session: nox.Session) -> None:
     """Test the service with a real bus and polkit, as users; needs root."""
     if os.geteuid() != 0:
         session.skip("needs root, to be several users in a mount namespace of its own")
-    polkitd = "/usr/lib/polkit-1/polkitd"
-    users = {"newuidmap": "uidmap", "gcc": "gcc", "nm": "binutils", "su": "util-linux"}
-    have(session, {"dbus-daemon": "dbus-daemon", "busctl": "systemd", polkitd: "polkitd"} | users)
+    have(session, BUS_PROGRAMS)
     run_tests(session, "tests/bus")
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Throw faults of every kind at real overlays, in a quick form (-- --whole --seed=N)."""
+    if os.geteuid() != 0:
+        session.skip("needs root, to kill what mounts overlays in namespaces of its own")
+    have(session, BUS_PROGRAMS)
+    install_project(session, *TESTS, *FAULTS)
+    named = any((ROOT / argument.split("::")[0]).exists() for argument in session.posargs)
+    # No coverage: it slows down what is killed some thousand times.
+    session.run("pytest", "-n", "auto", *([] if named else ["tests/crash"]), *session.posargs)
+
+
+@nox.session
+def proof(session: nox.Session) -> None:
+    """Try every fault there is and write docs/proof.md of it (-- --minutes=N); takes hours."""
+    if os.geteuid() != 0:
+        session.error("needs root, as the tests do")
+    have(session, BUS_PROGRAMS)
+    install_project(session, *TESTS, *FAULTS)
+    RESULTS.mkdir(exist_ok=True)
+    tried = RESULTS / "tried.jsonl"
+    tried.unlink(missing_ok=True)
+    whole = ("--whole", f"--tried={tried}")
+    # What does not hold is on the page as well.
+    session.run("pytest", "-n", "auto", "tests/crash", *whole, *session.posargs, success_codes=[0, 1])
+    session.run("python", "-m", "tests.crash.page", str(tried), "docs/proof.md")
 
 
 @nox.session

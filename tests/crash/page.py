@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Write ``docs/proof.md`` of what was tried: ``python -m tests.crash.page TRIED PAGE``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HEAD: Final = """\
+<!-- SPDX-License-Identifier: LGPL-2.1-or-later -->
+<!-- Written by 'nox -s proof'; figures come from a run, so change nothing by hand. -->
+# Proof
+
+After any fault each overlay is wholly there or wholly gone, the base is untouched, the next command
+works, and nobody else's overlay moved. What was done to that sentence by `nox -s proof`, on the
+code of {date} ({commit}), Linux {kernel}, {cpus} processors, {hours}:
+
+| fault | tried | held | seed | seconds |
+|---|---:|---:|---|---:|
+"""
+_FOOT: Final = """
+*Tried* counts faults, not tests: each is a command that was killed or refused something at one
+exact point, an input, an operation or a change to the code, with everything looked at afterwards.
+*Seconds* are those of the tests, which run side by side. How each is done is in `tests/crash`.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run as a program; 1 if something did not hold."""
+    tried, page = map(Path, argv)
+    lines = [json.loads(line) for line in tried.read_text(encoding="utf-8").splitlines()]
+    kinds: dict[str, list[dict[str, object]]] = defaultdict(list)
+    for line in lines:
+        kinds[line["fault"]].append(line)
+    rows = [_row(fault, cases) for fault, cases in sorted(kinds.items())]
+    total = sum(line["seconds"] for line in lines)
+    said = ["git", "log", "-1", "--format=%cs %h"]
+    date, commit = subprocess.run(said, capture_output=True, text=True, check=True).stdout.split()
+    head = _HEAD.format(
+        date=date,
+        commit=commit,
+        kernel=os.uname().release.partition("-")[0],
+        cpus=os.cpu_count(),
+        hours=f"{total / 3600:.1f} hours of tests",
+    )
+    page.write_text(head + "".join(rows) + _FOOT, encoding="utf-8")
+    failed = [line for line in lines if line["held"] != line["tried"]]
+    for line in failed:
+        print(f"did not hold: {line['fault']} {line['case']}", file=sys.stderr)  # noqa: T201
+    return 1 if failed else 0
+
+
+def _row(fault: str, cases: Sequence[dict[str, object]]) -> str:
+    def total(key: str) -> float:
+        return sum(float(str(case[key])) for case in cases)
+
+    seeds = sorted({str(case["seed"]) for case in cases if case["seed"] is not None})
+    figures = f"{total('tried'):,.0f} | {total('held'):,.0f}"
+    return f"| {fault} | {figures} | {', '.join(seeds) or 'all'} | {total('seconds'):,.0f} |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
