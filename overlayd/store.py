@@ -19,7 +19,6 @@ from overlayd import overlayfs, records
 from overlayd import syscalls as sys
 from overlayd.errors import (
     BusyError,
-    OverlaydError,
     from_oserror,
 )
 from overlayd.model import RUN, UUID, Phase, Record, not_found, shown
@@ -197,8 +196,8 @@ class Store(World):
         os.mkdir(storage_path(record.uuid), 0o700)
         lock = self.try_lock(record.uuid)
         if lock is None:
-            message = f"{storage_path(record.uuid)} is taken"
-            raise OverlaydError(message)
+            message = f"another command has locked {storage_path(record.uuid)}"
+            raise BusyError(message, hint="try again")
         return lock
 
     def try_lock(self, uuid: str) -> Lock | None:

@@ -85,6 +85,11 @@ def check(stage: Stage, outcome: Outcome, before: View, after: View, there: list
     return End.FINISHED
 
 
+def _said(outcome: Outcome) -> str:
+    assert outcome.acted is not None
+    return f"{outcome.acted.call}, point {outcome.acted.number}: {outcome.code}, {outcome.said}"
+
+
 def fail_each(world: World, scene: Scene, calls: dict[int, str], proof: Proof) -> None:
     """Let each of *calls* that a command makes fail."""
     tracing.need()
@@ -93,6 +98,7 @@ def fail_each(world: World, scene: Scene, calls: dict[int, str], proof: Proof) -
     start = time.monotonic()
     before, after, points = scene.extent(stage, calls)
     ends: Counter[End] = Counter()
+    problems: list[str] = []
     for number, error in cases(points, proof.seed, whole=proof.whole):
         stage.clear()
         scene.prepare(stage)
@@ -108,14 +114,10 @@ def fail_each(world: World, scene: Scene, calls: dict[int, str], proof: Proof) -
                 again = scene.run(stage)
                 assert again.code == scene.code, again.said
                 stage.check(after)
-        except BaseException as problem:
-            point = outcome.acted
-            problem.add_note(
-                f"{errno.errorcode[error]} of {point.call}, point {point.number}: exit code"
-                f" {outcome.code}, {outcome.said}"
-            )
-            raise
+        except AssertionError as problem:
+            problems.append(f"{errno.errorcode[error]} of {_said(outcome)}: {problem}")
     stage.clear()
+    assert not problems, "\n".join(problems)
     proof.remark(f"{proof.tried / (time.monotonic() - start):.0f} cases/s")
     proof.remark(", ".join(f"{ends[end]} {end.value}" for end in End))
 
@@ -158,7 +160,7 @@ def test_each_call_of_a_private_command_fails(users: Users, proof: Proof, name: 
             if outcome.code and users.view() == before:
                 assert scene.run(users).code == 0
                 users.check(after)
-        except BaseException as problem:
-            problem.add_note(f"{errno.errorcode[error]} of {outcome.acted}: {outcome}")
+        except AssertionError as problem:
+            problem.add_note(f"{errno.errorcode[error]} of {_said(outcome)}")
             raise
     users.clear()
