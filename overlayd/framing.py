@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from jeepney import HeaderFields
-from jeepney.low_level import Endianness, Header, parse_signature
+from jeepney.low_level import Array, Endianness, Header, Struct, Variant, parse_signature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,11 @@ _ORDERS: Final = {
     ord("l"): (Endianness.little, struct.Struct("<I"), struct.Struct("<xBBBIII")),
     ord("B"): (Endianness.big, struct.Struct(">I"), struct.Struct(">xBBBIII")),
 }
+_MALFORMED: Final = (
+    *(AssertionError, IndexError, KeyError, RecursionError, TypeError, struct.error),
+)
+"""What jeepney raises for it, besides ValueError."""
+_TEXT_OF_TYPE: Final = parse_signature(["g"])
 _STRINGS: Final = b"os"
 _SIGNATURE: Final = b"g"[0]
 _NUMBER: Final = b"u"[0]
@@ -61,10 +66,10 @@ class Incoming:
         signature = self.field(HeaderFields.signature)
         if not signature:
             return ()
-        kind = parse_signature(list(f"({signature})"))
         try:
+            kind = _reader(f"({signature})")
             value, _ = kind.parse_data(self.body, 0, self.header.endianness, fds=self.fds)
-        except (AssertionError, IndexError, KeyError, struct.error, RecursionError) as error:
+        except _MALFORMED as error:
             raise ValueError(str(error)) from None
         return tuple(value)
 
@@ -72,6 +77,46 @@ class Incoming:
         """Close the descriptors that came with it."""
         close(self.fds)
         self.fds = []
+
+
+class _Variant:
+    """A variant whose signature is as hostile as its value, in the place of jeepney's."""
+
+    alignment = 1
+
+    @staticmethod
+    def parse_data(
+        buf: bytes, pos: int, endianness: Endianness, fds: Sequence[int] = ()
+    ) -> tuple[tuple[str, object], int]:
+        """Return signature and value, and where they end."""
+        signature, pos = _TEXT_OF_TYPE.parse_data(buf, pos, endianness)
+        value, pos = _reader(signature).parse_data(buf, pos, endianness, fds=fds)
+        return (signature, value), pos
+
+
+def _reader(signature: str) -> Array | Struct:
+    """Return jeepney's reader of the one type that *signature* names.
+
+    :raises ValueError: for structures of nothing: an array of those has no end.
+    """
+    if "()" in signature:
+        raise ValueError("a structure of nothing")
+    rest = list(signature)
+    found = _guarded(parse_signature(rest))
+    if rest:
+        raise ValueError("more than one type")
+    return found
+
+
+def _guarded(kind: Array | Struct) -> Array | Struct:
+    """Put our variants in the place of jeepney's."""
+    if isinstance(kind, Variant):
+        return _Variant()
+    if isinstance(kind, Array):
+        kind.elt_type = _guarded(kind.elt_type)
+    elif isinstance(kind, Struct):
+        kind.fields = [_guarded(each) for each in kind.fields]
+    return kind
 
 
 class Framer:

@@ -19,9 +19,9 @@ from jeepney import (
     new_method_call,
     new_method_return,
 )
-from jeepney.low_level import Endianness, Message
+from jeepney.low_level import Endianness, Header, Message
 
-from overlayd.framing import MAX_BODY, Framer
+from overlayd.framing import MAX_BODY, Framer, Incoming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,3 +147,19 @@ def test_header_of_junk_is_passed_over(junk: bytes, length: int) -> None:
     found = Framer().feed(fixed + junk[:length] + padding + end, [])
     assert found[-1].header.serial == 5
     assert len(found) <= 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["a()", "a(()())", "aa()", "a{s()}", "v", "a{vs}", "z", "(", "a", "ss", ""]
+)
+def test_variant_of_a_hostile_signature_is_refused_at_once(kind: str) -> None:
+    """An array of structures of nothing has no end: reading one took all time and memory."""
+    text = kind.encode()
+    body = struct.pack("<B", len(text)) + text + b"\0"
+    body += b"\0" * (-len(body) % 4) + struct.pack("<I", 1 << 20) + bytes(64)
+    fields = {HeaderFields.signature: "v"}
+    message = Incoming(
+        Header(Endianness.little, 1, 0, 1, len(body), 1, fields), body, len(body), []
+    )
+    with pytest.raises(ValueError, match=r".*"):
+        message.parse()
