@@ -18,6 +18,7 @@ from overlayd.model import (
     Scope,
     Tree,
     check_name,
+    check_writable_dir,
     is_within,
 )
 
@@ -72,7 +73,7 @@ class _Reader:
 
     def string(self, key: str) -> str:
         value = self._get(key)
-        if isinstance(value, str) and len(value) <= _MAX_PATH and "\0" not in value:
+        if isinstance(value, str) and len(value) <= _MAX_PATH and _can_be_named(value):
             return value
         raise self.error(key, "must be a string")
 
@@ -101,16 +102,34 @@ class _Reader:
             raise self.error(key, "must be an array")
         return [_Reader(item, f"{key}[{index}]") for index, item in enumerate(value)]
 
-    def strings_if_there(self, key: str) -> tuple[str, ...]:
-        """Return strings that records of an earlier release do not have."""
+    def directories_if_there(self, key: str) -> tuple[str, ...]:
+        """Return relative paths that records of an earlier release do not have."""
         value = self._value.get(key, [])
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        if isinstance(value, list) and all(map(_is_beneath, value)):
             return tuple(value)
-        raise self.error(key, "must be an array of strings")
+        raise self.error(key, "must be an array of relative paths")
 
     def object_or_none(self, key: str) -> _Reader | None:
         value = self._get(key)
         return None if value is None else _Reader(value, key)
+
+
+def _can_be_named(text: str) -> bool:
+    """Whether the kernel takes *text*: without NUL, and no half of a surrogate pair."""
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_beneath(value: object) -> bool:
+    """Whether *value* is a path that cannot lead out of where it begins."""
+    if not isinstance(value, str) or len(value) > _MAX_PATH or not _can_be_named(value):
+        return False
+    try:
+        return bool(check_writable_dir(value))
+    except RefusedError:
+        return False
 
 
 def encode(record: Record) -> bytes:
@@ -203,7 +222,7 @@ def decode(data: bytes) -> Record:
         created_at=reader.string("created_at"),
         options=Options(
             **{key: options.boolean(key) for key in FLAGS},
-            writable_dirs=options.strings_if_there(DIRECTORIES),
+            writable_dirs=options.directories_if_there(DIRECTORIES),
         ),
         size=reader.number("size"),
         inodes=reader.number("inodes"),

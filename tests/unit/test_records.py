@@ -69,6 +69,13 @@ def damaged(**changes: object) -> bytes:
     return json.dumps(plain() | changes).encode()
 
 
+@pytest.mark.parametrize("path", ["", "..", "a/../..", "/etc", "a//b", "a\0", "\ud800", 1, None])
+def test_writable_directory_that_leads_elsewhere_is_not_believed(path: object) -> None:
+    options = json.loads(encode(make_record()))["options"] | {"writable_dirs": ["a", path]}
+    with pytest.raises(RecordError, match="writable_dirs"):
+        decode(damaged(options=options))
+
+
 @given(RECORDS)
 def test_record_comes_back_as_it_was_whatever_its_paths(record: Record) -> None:
     assert decode(encode(record)) == record
@@ -94,7 +101,7 @@ def test_record_with_the_longest_paths_is_read_again_by_the_store() -> None:
 def _damage() -> list[tuple[str, object]]:
     """Return attributes and values that they must not have."""
     no_number: list[object] = [-1, 1.5, True, "1", [], {}, 1 << 64]
-    no_text: list[object] = [1, True, [], {}, "a\0b", "x" * 5000]
+    no_text: list[object] = [1, True, [], {}, "a\0b", "x" * 5000, "\ud800"]
     no_path: list[object] = [
         *(None, 1, "", "/", "/etc", "/usrx", "usr/x", "/usr/../etc", "/usr/./x", "/usr/"),
         *("/usr//x", "/usr/x/..", "/usr/a\0", " /usr/x", "/USR/x"),
