@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from overlayd import config
 from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror
 from overlayd.model import (
     DIRECTORIES,
@@ -73,8 +73,8 @@ def read(path: Path) -> list[Request]:
         message = f"{where}: larger than 8 MiB"
         raise RefusedError(message)
     try:
-        tables = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        tables = config.toml(data.decode(), where)
+    except UnicodeDecodeError as error:
         message = f"{where}: not TOML: {error}"
         raise RefusedError(message) from None
     entries = tables.pop("overlay", None)

@@ -30,6 +30,8 @@ _USERS: Final = "users."
 _MAX_DEPTH: Final = 200
 """Directory descriptors per level of a source are three; 600 stay below the usual limit of 1024."""
 
+_MAX_DOTS: Final = 4096**2 * 2
+"""The square of the dots in a line, all lines together: paths may have many, keys have one."""
 _MAX_DAYS: Final = 36500
 _MIN_HISTORY: Final = 256 << 10
 
@@ -167,11 +169,10 @@ def _patterns(value: object) -> tuple[str, ...]:
 
 
 def _action(value: object) -> FlaggedAction:
-    try:
-        return FlaggedAction(str(value))
-    except ValueError:
-        reason = f"must be one of {', '.join(FlaggedAction)}"
-        raise ValueError(reason) from None
+    if isinstance(value, str) and value in [*FlaggedAction]:
+        return FlaggedAction(value)
+    reason = f"must be one of {', '.join(FlaggedAction)}"
+    raise ValueError(reason)
 
 
 _KEYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[object], object]]]]] = {
@@ -209,18 +210,29 @@ _KEYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[object], object]]]]]
 }
 
 
+def toml(text: str, name: str) -> dict[str, object]:
+    """Return the tables of a TOML file in bounded time; *name* is the file's, for errors.
+
+    :raises RefusedError: if it is none, or has keys of a thousand parts.
+    """
+    # What tomllib takes for a dotted key grows with the square of its parts, which lie on one line.
+    if sum(line.count(".") ** 2 for line in text.split("\n")) > _MAX_DOTS:
+        message = f"{name}: there are too many dots in a line"
+        raise RefusedError(message)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"{name}: not TOML: {error}"
+        raise RefusedError(message) from None
+
+
 def parse(text: str, name: str) -> dict[str, object]:
     """Return the settings in the TOML *text*; *name* is the file's, for errors.
 
     :raises RefusedError: with file, key and reason.
     """
-    try:
-        tables = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        message = f"{name}: not TOML: {error}"
-        raise RefusedError(message) from None
     settings: dict[str, object] = {}
-    for table, keys in tables.items():
+    for table, keys in toml(text, name).items():
         known = _KEYS.get(table)
         if known is None or not isinstance(keys, dict):
             message = f"{name}: [{shown(table)}]: no such table"

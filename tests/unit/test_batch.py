@@ -125,6 +125,7 @@ def test_relative_source_is_relative_to_the_file(
         ('[[overlay]]\nname = "a"\nsource = "/\\u0000"', "source must be a string"),
         (f"[[overlay]]\n{GOOD}[[overlay]]\n{GOOD}", "two overlays are named 'fix'"),
         ("[[overlay", "not TOML"),
+        (f"a{'.a' * 8000} = 1", "too many dots"),
         ("\ud800", "not TOML"),
     ],
 )

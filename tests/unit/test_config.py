@@ -130,6 +130,8 @@ def test_every_key_can_be_set() -> None:
         ('[flagged]\npatterns = ["a/*.so"]', "flagged.patterns"),
         ('[flagged]\npatterns = [["*.so"]]', "flagged.patterns"),
         ('[flagged]\nroot = "allow"', "flagged.root"),
+        (f"[flagged]\nroot{'.a' * 2000} = 1", "flagged.root"),
+        (f"[flagged]\nroot{'.a' * 8000} = 1", "too many dots"),
         ('[flagged]\nroot = "WARN"', "flagged.root"),
         ("[flagged]\nroot = 1", "flagged.root"),
         ("[flagged]\nroot = true", "flagged.root"),
