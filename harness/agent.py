@@ -208,6 +208,12 @@ class Run(Job):
             self.stdin.seek(0)
             self.in_thread(self._work)
 
+    def kill(self) -> None:
+        """Drop the input as well."""
+        super().kill()
+        if not isinstance(self.stdin, int):
+            self.stdin.close()
+
     def _work(self) -> None:
         started = time.monotonic()
         argv, timeout = self.message.get("argv"), self.message.get("timeout", 60)

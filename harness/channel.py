@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from harness import logs, transfer
 from harness.conversation import AGENT, JSON, SLACK, Conversation, Hello, number
-from harness.errors import CommandError, CommandTimeoutError
+from harness.errors import ChannelError, CommandError, CommandTimeoutError
 
 if TYPE_CHECKING:
     import socket
@@ -85,6 +85,7 @@ class Channel(Conversation):
 
         :raises CommandTimeoutError: after *timeout* seconds; its process group was killed.
         :raises RemoteError: if there is no such user.
+        :raises ChannelError: if the agent answers what makes no sense.
         """
         words = ["sh", "-c", argv] if isinstance(argv, str) else list(argv)
         out, err = bytearray(), bytearray()
@@ -92,7 +93,7 @@ class Channel(Conversation):
         def take(message: JSON) -> None:
             for name, buffer in (("out", out), ("err", err)):
                 if isinstance(data := message.get(name), str):
-                    buffer.extend(piece := a2b_base64(data))
+                    buffer.extend(piece := _bytes(data))
                     if live is not None:
                         live(name, piece)
 
@@ -171,3 +172,10 @@ class Channel(Conversation):
                 self._callback(logs.from_kmsg(entry))
             elif isinstance(entry, dict):
                 self._callback(logs.from_journal(entry))
+
+
+def _bytes(data: str) -> bytes:
+    try:
+        return a2b_base64(data)
+    except ValueError as error:
+        raise ChannelError(f"the agent sent what makes no sense: {error}") from None

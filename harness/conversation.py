@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +41,7 @@ SLACK: Final = 20.0
 _HELLO_EVERY: Final = 1.0
 _RECONNECT: Final = 0.05
 _BATCH: Final = 64 * 1024
+_LINE_LIMIT: Final = 64 << 20
 
 JSON = dict[str, object]
 
@@ -219,6 +221,9 @@ class Conversation:
             if not data:
                 break
             buffer += data
+            if b"\n" not in data and len(buffer) > _LINE_LIMIT:
+                why = "it sends a line that has no end"
+                break
             if b"\n" in data:
                 *lines, buffer = buffer.split(b"\n")
                 for line in lines:
@@ -235,7 +240,7 @@ class Conversation:
         """Take a line; before our hello was answered, whatever it is, it is not for us."""
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             self._strange(f"the agent sent what is no message: {_start(line)}")
@@ -386,7 +391,7 @@ def _line(message: JSON) -> bytes:
 def number(message: JSON, key: str) -> float:
     """Return a number of the message's, 0 if it is not there."""
     value = message.get(key)
-    return value if isinstance(value, (int, float)) else 0
+    return value if isinstance(value, int) or (isinstance(value, float) and isfinite(value)) else 0
 
 
 def _start(line: bytes) -> str:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _ESCAPE: Final = re.compile(r"\\x([0-9a-f]{2})")
 _INFO: Final = 6
+_MAX_DIGITS: Final = 20
+"""Of a number that somebody means."""
 
 
 @dataclass(frozen=True)
@@ -84,4 +86,5 @@ def _text(value: object) -> str:
 
 
 def _number(text: str, default: int) -> int:
-    return int(text) if text.isascii() and text.isdigit() else default
+    plain = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    return int(text) if plain else default

@@ -152,7 +152,25 @@ def parse(text: bytes | str) -> Table:
     :raises ValueError: if it is something else.
     """
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-    return Table(tuple(_line(line) for line in raw.split(b"\n") if line))
+    table = Table(tuple(_line(line) for line in raw.split(b"\n") if line))
+    _check_parents(table)
+    return table
+
+
+def _check_parents(table: Table) -> None:
+    """Insist that each mount leads to a root, as whoever climbs from one to the next believes."""
+    parents = {mount.mount_id: mount.parent_id for mount in table}
+    if len(parents) < len(table.mounts):
+        raise ValueError("not a table of mountinfo: two mounts with one id")
+    done: set[int] = set()
+    for mount in table:
+        at, way = mount.mount_id, set[int]()
+        while at in parents and at not in done and parents[at] != at:
+            done.add(at)
+            way.add(at)
+            at = parents[at]
+        if at in way:
+            raise ValueError("not a table of mountinfo: mounts on one another")
 
 
 def _line(line: bytes) -> Mount:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 CHUNK: Final = 48 * 1024
+_TIME_MAX: Final = (1 << 63) - 1
 
 
 def data_lines(data: bytes) -> Iterator[dict[str, object]]:
@@ -95,13 +96,16 @@ class Receiver:
         """Take a line.
 
         :raises OSError: if it cannot be written.
-        :raises ChannelError: if it would lead out of the target.
+        :raises ChannelError: if it would lead out of the target, or makes no sense.
         """
         entry, data = message.get("entry"), message.get("data")
-        if isinstance(entry, dict):
-            self._add(entry)
-        elif isinstance(data, str) and self._file is not None:
-            self._file.write(a2b_base64(data))
+        try:
+            if isinstance(entry, dict):
+                self._add(entry)
+            elif isinstance(data, str) and self._file is not None:
+                self._file.write(a2b_base64(data))
+        except ValueError as error:  # no base64, or a name that no file can have
+            raise ChannelError(f"the agent sent what makes no sense: {error}") from None
 
     def close(self) -> None:
         """Finish: directories get their modes last, as some may not be written to."""
@@ -117,7 +121,7 @@ class Receiver:
         mode, mtime = entry.get("mode"), entry.get("mtime")
         # No program of theirs shall be root on the host.
         mode = mode & 0o1777 if isinstance(mode, int) else 0o600
-        mtime = mtime if isinstance(mtime, int) else 0
+        mtime = mtime if isinstance(mtime, int) and abs(mtime) <= _TIME_MAX else 0
         place = self._place(name)
         if kind == "dir":
             os.makedirs(place, exist_ok=True) if not name else _make_directory(place)

@@ -152,6 +152,7 @@ def test_answers_may_come_in_pieces_of_any_size(sizes: list[int]) -> None:
     [
         (b"what is this?\n", "no message: 'what is this"),
         (b"[1]\n", "no message"),
+        (b"[" * 100_000 + b"\n", "no message"),
         (b'{"started": "b"}\n', "started anew"),
         (b'{"garbage": "zzz"}\n', "got what is no message: 'zzz'"),
     ],
@@ -167,6 +168,36 @@ def test_nonsense_from_the_agent_ends_the_conversation(
     assert message in str(raised[0])
     with pytest.raises(ChannelError, match=r"no message|anew"):
         fake.channel.run(["true"])
+
+
+@pytest.mark.parametrize("data", ["abc", "a", "\u00e9"])
+def test_output_that_makes_no_sense_ends_the_request(fake: Fake, data: str) -> None:
+    fake.greet()
+    raised = in_thread(lambda: fake.channel.run(["true"]))
+    ident = fake.expect("run")["id"]
+    fake.say({"id": ident, "out": data}, {"id": ident, "done": True, "rc": float("nan")})
+    eventually(lambda: raised)
+    assert "makes no sense" in str(raised[0])
+
+
+def test_status_that_is_no_number_is_none(fake: Fake) -> None:
+    fake.greet()
+    for value in (float("nan"), float("inf"), "x", None):
+        threading.Thread(
+            target=lambda value=value: fake.say(
+                {"id": fake.expect("run")["id"], "done": True, "rc": value}
+            )
+        ).start()
+        assert fake.channel.run(["true"]).returncode == 0
+
+
+def test_line_without_an_end_ends_the_conversation(fake: Fake) -> None:
+    fake.greet()
+    raised = in_thread(lambda: fake.channel.run(["true"]))
+    fake.expect("run")
+    with pytest.raises(OSError, match="Broken pipe"):
+        fake.say(*[b"x" * (1 << 20)] * 200)
+    assert "no end" in str(raised[0])
 
 
 def test_end_of_file_ends_what_waits(agent: Agent, channel: Channel) -> None:

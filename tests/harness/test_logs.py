@@ -37,6 +37,14 @@ def test_entry_of_the_kernels_log_in_the_journal() -> None:
     assert event.priority == 2
 
 
+def test_number_that_nobody_means_is_none() -> None:
+    for digits in ("9" * 400, "9" * 5000):
+        assert logs.from_kmsg(f"{digits},1,{digits},-;x").monotonic == 0
+        assert (
+            logs.from_journal({"__MONOTONIC_TIMESTAMP": digits, "PRIORITY": digits}).priority == 6
+        )
+
+
 def test_record_of_the_kernel() -> None:
     event = logs.from_kmsg("12,339,5140900,-;WARNING: CPU\\x09at\n SUBSYSTEM=acpi\n")
     assert event.message == "WARNING: CPU\tat"

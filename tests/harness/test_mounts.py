@@ -55,7 +55,14 @@ def test_source_may_be_empty() -> None:
     assert (mount.source, mount.fs_options) == ("", ("rw",))
 
 
-@pytest.mark.parametrize("text", ["x", "1 2 3 4 5 6 7", "a 1 0:1 / / rw - t s rw", "1 2 - a b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x", "1 2 3 4 5 6 7", "a 1 0:1 / / rw - t s rw", "1 2 - a b"),
+        "1 2 0:1 / / rw - t s\n2 1 0:1 / / rw - t s",  # there is no end to who lies on whom
+        "1 1 0:1 / / rw - t s\n1 1 0:1 / / rw - t s",
+    ],
+)
 def test_what_is_no_mountinfo_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"mountinfo|invalid literal"):
         mounts.parse(text)

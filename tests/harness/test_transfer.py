@@ -161,6 +161,37 @@ def test_machine_cannot_write_outside_of_the_target(fake: Fake, tmp_path: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "a\0b", "kind": "file"},
+        {"name": "\ud800", "kind": "dir"},
+        {"name": "l", "kind": "link", "link": "\0"},
+    ],
+)
+def test_name_that_no_file_can_have_ends_the_copy(
+    fake: Fake, tmp_path: Path, entry: dict[str, object]
+) -> None:
+    fake.greet()
+    raised = in_thread(lambda: fake.channel.get("/x", tmp_path / "target"))
+    ident = fake.expect("get")["id"]
+    for each in ({"name": "", "kind": "dir"}, entry):
+        fake.say({"id": ident, "entry": each})
+    eventually(lambda: raised)
+    assert "makes no sense" in str(raised[0])
+
+
+def test_time_that_no_file_can_have_is_none(fake: Fake, tmp_path: Path) -> None:
+    fake.greet()
+    raised = in_thread(lambda: fake.channel.get("/x", tmp_path / "target"))
+    ident = fake.expect("get")["id"]
+    fake.say({"id": ident, "entry": {"name": "", "kind": "file", "mtime": 1 << 80}})
+    fake.say({"id": ident, "done": True})
+    eventually(lambda: (tmp_path / "target").exists() and not fake.channel._requests)
+    assert not raised
+    assert (tmp_path / "target").stat().st_mtime == 0
+
+
 @needs_root
 def test_files_of_another_user_are_that_users(
     agent: Agent, channel: Channel, tmp_path: Path
