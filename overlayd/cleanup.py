@@ -54,7 +54,7 @@ def clean(store: Store, remove: Callable[[str], object], *, dry_run: bool) -> li
         done = reconcile.cut_short(store)
     else:
         with store.locked():
-            done = reconcile.settle(store, mountinfo.read())
+            done = reconcile.settle(store, mountinfo.read)
     actions += [Action("unfinished", "", text) for text in done]
     records = store.records()
     table = mountinfo.read()

@@ -292,7 +292,7 @@ class Manager(Observer):
         run = Run(self._store, progress or Progress(), record, self._way, lock=lock)
         try:
             # Whoever held the lock before may have changed or removed it.
-            fresh = self._store.get(record.uuid)
+            fresh = self._fresh(record)
             record = state.by_name(name, [fresh] if fresh is not None else [])
             run.record = record
             table = self._mounts.table()

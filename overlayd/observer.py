@@ -68,12 +68,30 @@ class Observer:
             self._warn(error.message)
             return self._at_work(record)
         try:
-            fresh = self._store.get(record.uuid)
+            fresh = self._fresh(record)
             if fresh is None or fresh.phase is Phase.DRAINING:
                 return None
             return state.observe(fresh, self._mounts.table())
         finally:
             lock.release()
+
+    def _fresh(self, record: Record) -> Record | None:
+        """Return a record as it is now that its lock is held; None if there is no overlay.
+
+        Whoever held the lock before may have been killed since the records were settled.  What is
+        being prepared is locked a moment after its record is there, and dropped under the lock of
+        all alone.
+        """
+        fresh = self._store.get(record.uuid)
+        if fresh is None or fresh.phase is Phase.PREPARING:
+            return None
+        if not state.unfinished([fresh]):
+            return fresh
+        from overlayd import reconcile  # noqa: PLC0415  # rarely needed, and slow to load
+
+        for text in reconcile.settle_one(self._store, record.uuid, self._mounts.table()):
+            self._warn(text)
+        return self._store.get(record.uuid)
 
     def _at_work(self, record: Record) -> Overlay | None:
         """Return an overlay that somebody works on: active as long as a tree of it is attached."""
@@ -81,8 +99,11 @@ class Observer:
             fresh = self._store.get(record.uuid)
             if fresh is None or fresh.phase is Phase.DRAINING:
                 return None
-            if mounts := state.attached(fresh, self._mounts.table()):
-                return Overlay(fresh, State.ACTIVE, mounts[-1].mount_id, None)
+            record = fresh
+            if mounts := state.attached(record, self._mounts.table()):
+                return Overlay(record, State.ACTIVE, mounts[-1].mount_id, None)
+        if record.phase is Phase.REMOVING:
+            return None  # what is left to do does not show
         return state.observe(record, self._mounts.table())
 
     def _settled(self) -> list[Record]:
@@ -103,7 +124,7 @@ class Observer:
         if state.unfinished(records):
             from overlayd import reconcile  # noqa: PLC0415  # rarely needed, and slow to load
 
-            for text in reconcile.settle(self._store, self._mounts.table()):
+            for text in reconcile.settle(self._store, self._mounts.table):
                 self._warn(text)
             records = self._store.records()
         return records

@@ -18,17 +18,18 @@ from overlayd.model import ROOTS, UUID, Phase, Record, is_within
 from overlayd.store import storage_path, upper_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from overlayd.model import Tree
     from overlayd.mountinfo import Mount, Table
     from overlayd.store import Store
 
 
-def settle(store: Store, table: Table) -> list[str]:
+def settle(store: Store, look: Callable[[], Table]) -> list[str]:
     """Finish or drop every operation that was cut short; say what was done.
 
-    Call under the store's lock.
+    Call under the store's lock.  *look* reads the mount table, for each when it is locked: whoever
+    was at work on it may have been killed a moment ago.
 
     :raises OverlaydError: if the kernel refuses an unmount.
     """
@@ -51,17 +52,25 @@ def settle(store: Store, table: Table) -> list[str]:
             if lock is None:
                 continue  # somebody is at work on it
         try:
-            # The record may have been finished between reading it and taking the lock.
-            if (fresh := store.get(uuid)) is None:
-                done += _drop_orphan(store, uuid, table)
-            else:
-                done += _settle_one(store, fresh, table)
-        except OSError as error:
-            raise from_oserror(error, f"finishing what was left of {uuid}") from None
+            done += settle_one(store, uuid, look())
         finally:
             if lock is not None:
                 lock.release()
     return done
+
+
+def settle_one(store: Store, uuid: str, table: Table) -> list[str]:
+    """Do the same for one overlay, under its lock, with a table read since that was taken.
+
+    :raises OverlaydError: if the kernel refuses an unmount.
+    """
+    try:
+        # The record may have been finished between reading it and taking the lock.
+        if (fresh := store.get(uuid)) is None:
+            return _drop_orphan(store, uuid, table)
+        return _settle_one(store, fresh, table)
+    except OSError as error:
+        raise from_oserror(error, f"finishing what was left of {uuid}") from None
 
 
 def cut_short(store: Store) -> list[str]:

@@ -17,10 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import overlayfs, records
 from overlayd import syscalls as sys
-from overlayd.errors import (
-    BusyError,
-    from_oserror,
-)
+from overlayd.errors import BusyError, from_oserror
 from overlayd.model import RUN, UUID, Phase, Record, not_found, shown
 from overlayd.world import World, write_whole
 
@@ -194,11 +191,7 @@ class Store(World):
         # Storage without a record would be looked for by ``cleanup`` alone.
         self.write(record, first=True)
         os.mkdir(storage_path(record.uuid), 0o700)
-        lock = self.try_lock(record.uuid)
-        if lock is None:
-            message = f"another command has locked {storage_path(record.uuid)}"
-            raise BusyError(message, hint="try again")
-        return lock
+        return self.lock(record)  # somebody who saw the record may have it for a moment
 
     def try_lock(self, uuid: str) -> Lock | None:
         """Take the overlay's lock; None if somebody holds it, or it was removed meanwhile.
@@ -235,14 +228,13 @@ class Store(World):
                 lock = self.try_lock(record.uuid)
             except FileNotFoundError:
                 fresh = self.get(record.uuid)
-                if fresh is None:
+                if fresh is None or fresh.phase is not Phase.ACTIVE:
+                    # A remover has only the record to drop, if nobody killed it.
                     raise not_found(record.name) from None
-                if fresh.phase is Phase.ACTIVE:
-                    # Somebody deleted it; what is left must be removable all the same.
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(storage_path(record.uuid), 0o700)
-                    continue
-                lock = None  # a remover is about to drop the record too
+                # Somebody deleted it; what is left must be removable all the same.
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(storage_path(record.uuid), 0o700)
+                continue
             if lock is not None:
                 return lock
             if time.monotonic() > deadline:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,17 +15,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from overlayd import observer, store, targets
-from overlayd.errors import BusyError, ExistsError, OverlaydError
+from overlayd.errors import BusyError, ExistsError, NotFoundError, OverlaydError
 from overlayd.model import Phase, Request
 from overlayd.progress import Progress
 from overlayd.store import Store
 from tests.mounts.conftest import PLAY, World, snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from overlayd.executor import Operation
+    from overlayd.manager import Manager
 
 _fork = multiprocessing.get_context("fork")
 
@@ -244,7 +247,111 @@ def test_command_stopped_with_the_lock_of_all_delays_others_for_a_bounded_time(
             world.apply("two", source, two)
         assert "fuser -v /run/overlayd/lock" in str(caught.value.hint)
         assert [o.record.name for o in world.manager().list()] == ["one"]
-        assert "keeps the lock" in world.warnings[-1]
+        assert any("keeps the lock" in text for text in world.warnings)
     assert [o.state for o in world.manager().list()] == ["active"]
     world.manager().remove("one")
     assert world.leftovers() == []
+
+
+@contextlib.contextmanager
+def halted_before(step: str, work: Callable[[Manager], object]) -> Iterator[int]:
+    """Do *work* in a child that halts before a step; give its process id, and kill it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+
+        def trace(when: str, operation: Operation) -> None:
+            if when == "before" and type(operation).__name__ == step:
+                os.write(writing, b"h")
+                signal.pause()
+
+        try:
+            work(World().manager(trace=trace))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b"h", f"no {step}"
+        yield child
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+CUT_SHORT: dict[str, tuple[str, Callable[[Manager], object]]] = {
+    "a reset that is shown": ("DropStorage", lambda m: m.reset("x", 0)),
+    "a reset that is not": ("PutBeneath", lambda m: m.reset("x", 0)),
+    "a remove that is done": ("DropStorage", lambda m: m.remove("x")),
+    "a remove that is not": ("Detach", lambda m: m.remove("x")),
+}
+WAITING: dict[str, Callable[[Manager], object]] = {
+    "list": lambda m: m.list(),
+    "status": lambda m: m.status("x"),
+    "reset": lambda m: m.reset("x", 1),
+    "remove": lambda m: m.remove("x"),
+}
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+@pytest.mark.parametrize("cut_short", CUT_SHORT)
+def test_command_that_waits_for_one_that_is_killed_finishes_what_that_began(
+    world: World, cut_short: str, waiting: str
+) -> None:
+    base = world.base("t", {"a": "base"})
+    world.apply("x", world.source("s", {"a": "new"}), base)
+    there = cut_short != "a remove that is done"
+    with halted_before(*CUT_SHORT[cut_short]) as child:
+
+        def kill() -> None:
+            time.sleep(0.1)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            found = WAITING[waiting](world.manager())
+        except NotFoundError:
+            assert not there
+        else:
+            if waiting == "list":
+                assert isinstance(found, list)
+                assert [o.state for o in found] == ["active"] * there
+            else:
+                assert there
+        killer.join()
+    world.check_invariants()
+    shown = (base / "a").read_text()
+    if waiting == "remove" or not there:
+        assert shown == "base"
+    elif waiting == "reset" or cut_short != "a reset that is shown":
+        assert shown == "new"
+    else:
+        assert shown == "base"
+    for overlay in world.manager().list():
+        world.manager().remove(overlay.record.name)
+    assert world.leftovers() == []
+
+
+def test_overlay_that_a_slow_command_has_detached_is_not_called_lost(world: World) -> None:
+    world.apply("x", world.source("s", {"a": "new"}), world.base("t", {"a": "base"}))
+    with halted_before("DropStorage", lambda m: m.remove("x")):
+        assert world.manager().list() == []
+        with pytest.raises(NotFoundError):
+            world.manager().status("x")
+        assert world.manager().cleanup() == []
+    assert world.manager().list() == []
+    assert world.leftovers() == []
+
+
+def test_command_that_waits_hears_at_once_that_the_overlay_is_gone(world: World) -> None:
+    base = world.base("t", {"a": "base"})
+    world.apply("x", world.source("s", {"a": "new"}), base)
+    (record,) = Store(world.warnings.append).records()
+    with halted_before("Retire", lambda m: m.remove("x")):
+        started = time.monotonic()
+        with pytest.raises(NotFoundError):
+            Store(world.warnings.append).lock(record)
+        assert time.monotonic() - started < 1
