@@ -343,4 +343,17 @@ class Manager(Observer):
 
         if not self._store.exists():
             return []
-        return cleanup.clean(self._store, self.remove, dry_run=dry_run)
+        return cleanup.clean(self._store, self._remove_lost, dry_run=dry_run)
+
+    def _remove_lost(self, record: Record) -> None:
+        """Remove an overlay whose mount is gone.
+
+        :raises NotFoundError: if it is not, or the overlay is.
+        """
+
+        def steps(overlay: Overlay, _table: Table) -> tuple[Operation, ...]:
+            if overlay.state is not State.LOST:
+                raise not_found(record.name)
+            return plan.plan_remove(overlay, (), lazy=False)
+
+        self._change(record.name, steps, None, record.uuid).close()

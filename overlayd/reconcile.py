@@ -169,7 +169,10 @@ def proven(mount: Mount) -> bool:
 
     A tag can be forged by anybody who can mount; the id of the storage's filesystem cannot.
     """
-    top = storage_path(mount.tag or "")
+    tag = mount.tag or ""
+    if UUID.fullmatch(tag) is None:
+        return False
+    top = storage_path(tag)
     try:
         if mountinfo.top_mount_id(mount.mount_point) != mount.mount_id:
             return False

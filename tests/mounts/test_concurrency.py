@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import observer, store, targets
+from overlayd import mountinfo, observer, store, targets
 from overlayd.errors import BusyError, ExistsError, NotFoundError, OverlaydError
 from overlayd.model import Phase, Request
 from overlayd.progress import Progress
@@ -355,3 +355,33 @@ def test_command_that_waits_hears_at_once_that_the_overlay_is_gone(world: World)
         with pytest.raises(NotFoundError):
             Store(world.warnings.append).lock(record)
         assert time.monotonic() - started < 1
+
+
+BESIDE_CLEANUP: dict[str, Callable[[Manager, Path], object]] = {
+    "apply": lambda m, source: m.apply(Request("y", str(source), str(PLAY / "other")), Progress()),
+    "reset": lambda m, _: m.reset("x", 0),
+    "remove": lambda m, _: m.remove("x"),
+}
+
+
+@pytest.mark.parametrize("change", BESIDE_CLEANUP)
+def test_cleanup_leaves_alone_what_is_changed_while_it_looks(
+    world: World, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = world.source("s", {"a": "new"})
+    for name in ("t", "other"):
+        world.base(name, {"a": "base"})
+    world.apply("x", source, PLAY / "t")
+    genuine = mountinfo.read
+
+    def and_first_it_changes(process: str = "self") -> mountinfo.Table:
+        monkeypatch.undo()
+        BESIDE_CLEANUP[change](world.manager(), source)
+        return genuine(process)
+
+    monkeypatch.setattr(mountinfo, "read", and_first_it_changes)
+    assert world.manager().cleanup() == []
+    assert mountinfo.read is genuine, "it was read"
+    world.check_invariants()
+    names = {"apply": {"x", "y"}, "reset": {"x"}, "remove": set()}[change]
+    assert {o.record.name for o in world.manager().list()} == names
