@@ -40,6 +40,8 @@ class Reserve(Step):
         """Remove both; the storage in it was removed before."""
         run.store.drop_storage(self.record.uuid)
         run.store.drop(self.record.uuid)
+        if run.lock is not None:
+            run.lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +269,8 @@ class ShowEntry(Step):
                 entry_fd = overlayfs.clone(file)
             finally:
                 os.close(file)
-        os.close(run.overlay_fd)
-        run.overlay_fd = entry_fd
+            os.close(run.overlay_fd)
+            run.overlay_fd = entry_fd
         run.store.unstage(run.record.uuid)
 
     def undo(self, run: Run) -> None:

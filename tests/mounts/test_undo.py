@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Failure and SIGKILL within an operation, between any two of its changes.
+
+``test_crash.py`` looks from one operation to the next.  Here the calls by which anything changes
+are counted, and the n-th fails, or the process ends before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from overlayd import overlayfs
+from overlayd import syscalls as sc
+from overlayd.errors import OverlaydError
+from overlayd.model import Request
+from overlayd.progress import Progress
+from tests.mounts.conftest import RUN, snapshot
+from tests.mounts.test_crash import CASES, FILES, SOURCE, count_points, run_and_die_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from overlayd.executor import Operation
+    from overlayd.manager import Manager
+    from tests.mounts.conftest import World
+
+MOUNTING = (
+    *("fsopen", "fsconfig", "fsmount", "fspick", "move_mount", "open_tree", "openat2"),
+    *("umount2", "umount_fd", "mount_propagation", "mount_setattr_propagation"),
+)
+MAKING = ("mkdir", "rmdir", "rename", "unlink", "write", "pwrite", "fchmod", "fchown")
+
+
+def count_calls(patch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Call *before* with its number before each call that changes something."""
+    seen = 0
+
+    def counted(genuine: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal seen
+            seen += 1
+            before(seen - 1)
+            return genuine(*arguments, **options)
+
+        return call
+
+    for module, names in ((sc, MOUNTING), (os, MAKING)):
+        for name in names:
+            patch.setattr(module, name, counted(getattr(module, name)))
+
+
+def dies_before(number: int, work: Callable[[], object]) -> bool:
+    """Do *work* in a child that kills itself before its change *number*; whether there was one."""
+    child = os.fork()
+    if child == 0:
+
+        def before(seen: int) -> None:
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                count_calls(patch, before)
+                work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def look(world: World) -> None:
+    """Let the next command come, and check the invariants.
+
+    Of a record that was being written its new version is left, which the next write takes.
+    """
+    world.manager().list()
+    for name in os.listdir(RUN / "records"):
+        if name.startswith(".new-"):
+            (RUN / "records" / name).unlink()
+    world.check_invariants()
+
+
+def remove_if_there(world: World, name: str) -> None:
+    if any(overlay.record.name == name for overlay in world.manager().list()):
+        world.manager().remove(name)
+
+
+@pytest.mark.parametrize("kind", ["in an operation", "between operations"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_fails_and_is_undone_leaves_nothing_to_finish(
+    world: World, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
+) -> None:
+    # As before Linux 6.15, which takes one step more.
+    monkeypatch.setattr(overlayfs, "takes_detached_layers", lambda _: False)
+    present, work = CASES[case]
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    before = snapshot(base)
+    world.apply("x", source, base)  # what is made once is made
+    world.manager().remove("x")
+    point, failures = 0, 0
+    while True:
+        if present:
+            world.apply("x", source, base)
+        world.warnings.clear()
+        seen, decided = 0, False
+
+        def fail(number: int) -> None:
+            if number == point:  # noqa: B023  # called within this round
+                raise OSError(errno.EIO, "injected")
+
+        def trace(when: str, operation: Operation) -> None:
+            nonlocal seen, decided
+            if when == "undo":
+                return
+            decided |= when == "after" and operation.decisive
+            if kind == "between operations":
+                fail(seen)
+            seen += 1
+
+        descriptors = os.listdir("/proc/self/fd")
+        failed = False
+        with pytest.MonkeyPatch.context() as patch:
+            calls = 0
+
+            def call(number: int) -> None:
+                nonlocal calls
+                calls = number
+                fail(number)
+
+            if kind == "in an operation":
+                count_calls(patch, call)
+            try:
+                work(world.manager(trace=trace), source, base)
+            except OverlaydError:
+                failed = True
+        assert os.listdir("/proc/self/fd") == descriptors
+        overlays = world.manager().list()
+        if failed and not decided:
+            failures += 1
+            assert world.warnings == [], "something was left to finish"
+            assert [overlay.record.name for overlay in overlays] == ["x"] * present
+        world.check_invariants()
+        remove_if_there(world, "x")
+        assert snapshot(base) == before
+        assert world.leftovers() == []
+        if point > (calls if kind == "in an operation" else seen):
+            break
+        point += 1
+    assert failures > 1
+
+
+@pytest.mark.parametrize("case", [*CASES, "undone"])
+def test_killed_within_an_operation_the_next_command_finishes_or_drops_it(
+    world: World, case: str
+) -> None:
+    def undone(manager: Manager, source: Path, base: Path) -> object:
+        """Apply, and take it back."""
+        return manager.prepare(Request("x", str(source), str(base)), Progress()).abandon()
+
+    present, work = CASES.get(case, (False, undone))
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    before = snapshot(base)
+    world.apply("beside", source, world.base("other", FILES))
+    number = 0
+    while True:
+        if present:
+            world.apply("x", source, base)
+        died = dies_before(number, lambda: work(world.manager(), source, base))
+        look(world)
+        remove_if_there(world, "x")
+        assert snapshot(base) == before
+        if not died:
+            break
+        number += 1
+    assert number > 8
+    world.manager().remove("beside")
+    assert world.leftovers() == []
+
+
+@pytest.mark.parametrize("case", ["apply", "reset", "remove"])
+def test_killed_while_settling_the_next_command_goes_on_with_it(world: World, case: str) -> None:
+    present, work = CASES[case]
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    before = snapshot(base)
+    points = count_points(world, lambda m: CASES["apply"][1](m, source, base))
+    if present:
+        points = count_points(world, lambda m: work(m, source, base))
+    remove_if_there(world, "x")
+    tried = 0
+    for point in range(points):
+        number = 0
+        while True:
+            if present:
+                world.apply("x", source, base)
+            run_and_die_at(world, point, None, lambda m: work(m, source, base))
+            died = dies_before(number, lambda: world.manager().list())
+            look(world)
+            remove_if_there(world, "x")
+            assert snapshot(base) == before
+            assert world.leftovers() == []
+            if not died:
+                break
+            number += 1
+        tried += number
+    assert tried > points
+
+
+def test_killed_within_the_first_command_of_a_boot_the_next_begins_anew(world: World) -> None:
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    number = 0
+    while dies_before(number, lambda: world.apply("x", source, base)):
+        world.apply("y", source, world.base("other", FILES))
+        look(world)
+        remove_if_there(world, "x")
+        world.manager().remove("y")
+        assert world.leftovers() == []
+        sc.umount2(str(RUN), sc.MNT_DETACH)
+        RUN.rmdir()
+        number += 1
+    assert number > 20
