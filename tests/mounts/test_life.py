@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.mounts.conftest import EACH_WAY, PLAY, snapshot
+from overlayd.errors import KernelError
+from tests.mounts.conftest import EACH_WAY, PLAY, RUN, snapshot
 
 if TYPE_CHECKING:
+    from overlayd.executor import Operation
     from overlayd.overlayfs import Exchange
     from tests.mounts.conftest import World
 
@@ -178,6 +180,34 @@ def test_programs_with_capabilities_of_the_base_keep_them(world: World) -> None:
             [base / name, secret], user=65534, group=65534, capture_output=True, check=False
         )
         assert done.returncode == code, name
+
+
+def test_layer_cannot_be_written_to_by_root_either(world: World) -> None:
+    record = world.apply("fix", world.source("s", {"a": "new"}), world.base("app", FILES)).record
+    with pytest.raises(OSError, match="Read-only"):
+        (RUN / "storage" / record.uuid / "layer/tree/more").touch()
+
+
+@pytest.mark.parametrize("what", ["root", "entry"])
+def test_overlay_that_does_not_show_what_it_should_is_not_attached(world: World, what: str) -> None:
+    base = world.base("app", FILES)
+    before = snapshot(base)
+
+    def trace(when: str, operation: Operation) -> None:
+        if when == "before" and type(operation).__name__ == "BuildOverlay":
+            (storage,) = (RUN / "storage").iterdir()
+            upper = storage / "upper.1/upper"
+            if what == "root":
+                upper.chmod(0o700)
+            else:
+                (upper / "a").touch(0o600)
+
+    with pytest.raises(KernelError, match="it was not attached"):
+        world.apply(
+            "fix", world.source("s", {"a": "new"}), base, manager=world.manager(trace=trace)
+        )
+    assert snapshot(base) == before
+    assert world.leftovers() == []
 
 
 def test_nosuid_of_the_base_mount_is_kept(world: World) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from overlayd import mountinfo
 from overlayd.errors import NotFoundError, OverlaydError
+from overlayd.store import Store
 from tests.mounts.conftest import RUN, bind, snapshot
 from tests.mounts.processes import child
 
@@ -200,6 +201,28 @@ def test_link_in_place_of_a_record_is_not_followed(world: World) -> None:
     world.manager().list()
     world.manager().cleanup()
     assert victim.read_text() == "victim"
+    assert world.leftovers() == []
+
+
+def test_link_in_place_of_a_new_version_of_a_record_is_not_written_through(world: World) -> None:
+    overlay = world.apply("fix", world.source("s", NEW), world.base("app", FILES))
+    victim = Path("/run/victim")
+    victim.write_text("victim")
+    (RECORDS / f".new-{overlay.record.uuid}").symlink_to(victim)
+    with pytest.raises(OverlaydError, match="writing the record"):
+        world.manager().reset("fix", 0)
+    assert victim.read_text() == "victim"
+    world.manager().reset("fix", 0)
+    world.check_invariants()
+
+
+def test_new_version_of_a_record_that_was_left_goes_with_the_overlay(world: World) -> None:
+    overlay = world.apply("fix", world.source("s", NEW), world.base("app", FILES))
+    with pytest.MonkeyPatch.context() as patch:
+        # The last write: nothing else would take it.
+        patch.setattr(Store, "write", lambda *_: None)
+        (RECORDS / f".new-{overlay.record.uuid}").touch()
+        world.manager().remove("fix")
     assert world.leftovers() == []
 
 

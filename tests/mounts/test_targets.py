@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -11,11 +12,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd.errors import ExistsError, KernelError, OverlaydError, RefusedError, SpaceError
+from overlayd import targets
+from overlayd.errors import (
+    BusyError,
+    ExistsError,
+    KernelError,
+    OverlaydError,
+    RefusedError,
+    SpaceError,
+)
 from overlayd.mountinfo import read
 from tests.mounts.conftest import PLAY, SOURCES, bind, defaults, mount, snapshot, tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from overlayd.executor import Operation
     from tests.mounts.conftest import World
 
 
@@ -350,3 +362,62 @@ def test_apply_over_a_detached_place_leaves_no_trace(world: World, source: Path)
         world.apply("fix", source, base, manager=world.manager(trace=trace))
     assert not read().tagged
     assert world.leftovers() == []
+
+
+def before(step: str, work: Callable[[], object]) -> Callable[[str, Operation], None]:
+    """Return a trace that does *work* before a step."""
+
+    def trace(when: str, operation: Operation) -> None:
+        if when == "before" and type(operation).__name__ == step:
+            work()
+
+    return trace
+
+
+def test_target_moved_at_the_last_moment_is_refused_and_nothing_stays_where_it_went(
+    world: World, source: Path
+) -> None:
+    base = world.base("app", {"a": "a"})
+    trace = before("Attach", lambda: (base.rename(PLAY / "moved"), base.mkdir()))
+    with pytest.raises(BusyError, match="changed while it was looked at"):
+        world.apply("fix", source, base, manager=world.manager(trace=trace))
+    assert not read().tagged
+    assert world.leftovers() == []
+    assert os.listdir(PLAY / "moved") == ["a"]
+
+
+def test_directory_that_comes_beneath_a_single_file_meanwhile_is_not_covered(world: World) -> None:
+    base = world.base("app", {"keep": "keep"})
+    file = world.source("s", {"a": "file"}) / "a"
+    trace = before("FillLayer", lambda: tree(base / "a", {"inner": "inner"}))
+    with pytest.raises(RefusedError, match="a file over a directory"):
+        world.apply("fix", file, base, manager=world.manager(trace=trace))
+    assert (base / "a/inner").read_text() == "inner"
+    assert world.leftovers() == []
+
+
+def test_place_exchanged_on_the_same_mount_is_not_the_place_any_more(
+    world: World, source: Path
+) -> None:
+    base = world.base("app", {"a": "a"})
+    with contextlib.closing(targets.open_source(str(source))) as opened:
+        place = targets.open_target(str(base), opened)
+        targets.check_still_there(place)
+        base.rename(PLAY / "moved")
+        base.mkdir()
+        with pytest.raises(BusyError):
+            targets.check_still_there(place)
+        place.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc", "/usrx", "/usr/../etc", "/usr/./src", "/usr//src", "/usr/src/link", "/usr/src/link/x"],
+)
+def test_target_that_is_claimed_has_no_links_and_lies_under_usr(
+    world: World, source: Path, path: str
+) -> None:
+    world.base("app", {"x": "x"})
+    (PLAY / "link").symlink_to("app")
+    with contextlib.closing(targets.open_source(str(source))) as opened, pytest.raises(RefusedError):
+        targets.open_target(path, opened)
