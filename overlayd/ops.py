@@ -191,12 +191,6 @@ class BuildOverlay(Step):
             fsid=sys.fstatfs(run.overlay_fd).fsid,
         )
 
-    def undo(self, run: Run) -> None:
-        """Close it, which ends it."""
-        if run.overlay_fd >= 0:
-            os.close(run.overlay_fd)
-            run.overlay_fd = -1
-
 
 def _inherited(base: int) -> int:
     """Return the flags of the base's mount that the overlay takes over.

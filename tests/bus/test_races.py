@@ -9,9 +9,11 @@ import subprocess
 import time
 from typing import TYPE_CHECKING
 
-from overlayd import mountinfo
+from overlayd import mountinfo, stream
+from overlayd.model import SourceKind
+from overlayd.stream import Entry, Header
 from tests.bus.conftest import PYTHON
-from tests.bus.peer import Peer, directory
+from tests.bus.peer import ALLOW_OTHER, Peer, directory
 from tests.mounts.conftest import PLAY, tree
 from tests.mounts.processes import eventually
 
@@ -102,6 +104,32 @@ def test_name_that_is_taken_over_while_polkit_decides_is_not_what_was_meant(bus:
             with Peer("root") as root:
                 assert not root.remove("one").error
     assert eventually(lambda: bus.leftovers() == [], 5)
+
+
+def test_target_that_becomes_critical_while_polkit_decides_is_asked_about_anew(bus: Bus) -> None:
+    tool = bus.base("bin", {"tool": "base"}) / "tool"
+    bus.config.write_text("[critical]\nusers = true\n")
+    bus.serve()
+    with Peer("alice") as alice:
+        number, writing = alice.open_stream()
+        parts = [
+            stream.pack_header(Header(SourceKind.FILE, 1, 4096)),
+            stream.pack_file(Entry(b"file", 0o755, 0, size=5)),
+            *(stream.pack_data(0, 5), b"alice", stream.pack_end(1, 4096)),
+        ]
+        os.write(writing, b"".join(parts))
+        os.close(writing)
+        bus.processes["polkit"].send_signal(signal.SIGSTOP)
+        try:
+            options = {**ALLOW_OTHER, "allow-critical": ("b", True)}
+            serial = alice.begin_apply("hers", tool, number, options)
+            time.sleep(0.5)
+            tool.chmod(0o4755)
+        finally:
+            bus.processes["polkit"].send_signal(signal.SIGCONT)
+        assert alice.receive(serial).error == "Busy"
+        assert tool.read_text() == "base"
+        assert bus.leftovers() == []
 
 
 def test_name_and_place_asked_for_by_two_go_to_one_of_them(bus: Bus) -> None:

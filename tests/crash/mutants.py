@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""overlayd without one of its undos, locks or checks, or with two steps swapped: who notices?
+"""overlayd without one of its undos, locks or checks: who notices.
 
 ::
 
     python -m tests.crash.mutants [--list] [--only NAME...] [--tried FILE]
 
-``mutants.toml`` beside this says what is replaced by what, and which tests are to fail of it.  They
-run on a copy of the tree, first as it is: what is not green without a mutant shows nothing.
+``mutants.toml`` beside this says what is taken away or swapped, and which tests are to fail of it.
+They run on a copy of the tree, first as it is: what is not green without a mutant shows nothing.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class Workshop:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")},
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they take longer than most tests
             "PYTHONDONTWRITEBYTECODE": "1",
             "CI": "1",  # hypothesis tries the same each time
         }
@@ -155,10 +156,14 @@ def workshop() -> Iterator[Workshop]:
         yield Workshop(place)
 
 
-def tried(mutants: Sequence[Mutant], file: str) -> bool:
-    """Try all of *mutants* and print what became of each; with *file* add the sums to it."""
+def try_all(mutants: Sequence[Mutant], file: str) -> bool:
+    """Try *mutants* and print what became of each; with *file* add the sum to it.
+
+    Returns whether all were killed.
+    """
     start = time.monotonic()
-    survivors, errors = [], []
+    survivors: list[str] = []
+    errors: list[str] = []
     with workshop() as place:
         for mutant in mutants:
             began = time.monotonic()
@@ -171,11 +176,11 @@ def tried(mutants: Sequence[Mutant], file: str) -> bool:
                 if survived:
                     survivors.append(mutant.name)
                 word = "SURVIVED" if survived else "killed"
-            print(f"{time.monotonic() - began:6.1f} s  {mutant.name}: {word}", flush=True)  # noqa: T201
+            _say(f"{time.monotonic() - began:6.1f} s  {mutant.name}: {word}")
     killed = len(mutants) - len(survivors) - len(errors)
     seconds = time.monotonic() - start
     remark = f"{killed} of {len(mutants)} killed"
-    print(f"{remark}, survived: {survivors}, errors: {errors}, {seconds:.0f} s")  # noqa: T201
+    _say(f"{remark}, survived: {survivors}, errors: {errors}, {seconds:.0f} s")
     if file:
         line = {
             "fault": FAULT,
@@ -192,6 +197,11 @@ def tried(mutants: Sequence[Mutant], file: str) -> bool:
     return not survivors and not errors
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash.mutants", description=FAULT)
@@ -206,9 +216,9 @@ def main() -> int:
         mutants = [mutant for mutant in mutants if mutant.name in options.only]
     if options.list:
         for mutant in mutants:
-            print(f"{mutant.name:45} {mutant.file}")  # noqa: T201
+            _say(f"{mutant.name:55} {mutant.file}")
         return 0
-    return 0 if tried(mutants, options.tried) else 1
+    return 0 if try_all(mutants, options.tried) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The directory of a login session, and the process that it names: whose they are, and when it ends."""
+"""The directory of a login session and the holder that it names: whose, and until when."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import threading
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from overlayd.manager import Prepared
+    from overlayd.model import Record
 
 
 @pytest.fixture
@@ -69,8 +69,6 @@ def test_stage_is_made_under_the_lock_of_all(
     world: World, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.apply("x", source, world.base("t", {"a": "base"}))
-    with contextlib.suppress(FileNotFoundError):
-        Store(world.warnings.append).unstage("x")
     monkeypatch.setattr(storing, "WORLD_PATIENCE", 0.1)
     with Store(world.warnings.append).locked(), pytest.raises(BusyError):
         Store(world.warnings.append).stage("one")
@@ -201,7 +199,7 @@ def test_change_is_of_the_overlay_as_it_is_once_it_is_locked(
     other = once(lambda: World().manager().reset("x", 0))
 
     def and_first_another_is_done(
-        store: Store, record: storing.Record, patience: float = 1.0
+        store: Store, record: Record, patience: float = 1.0
     ) -> storing.Lock:
         other()
         return genuine(store, record, patience)
@@ -210,6 +208,3 @@ def test_change_is_of_the_overlay_as_it_is_once_it_is_locked(
     world.manager().reset("x", 1)
     assert (base / "a").read_text() == "new"
     world.check_invariants()
-    other = once(lambda: World().manager().reset("x", 0))
-    world.manager().remove("x")
-    assert world.leftovers() == []

@@ -378,7 +378,12 @@ def test_target_moved_at_the_last_moment_is_refused_and_nothing_stays_where_it_w
     world: World, source: Path
 ) -> None:
     base = world.base("app", {"a": "a"})
-    trace = before("Attach", lambda: (base.rename(PLAY / "moved"), base.mkdir()))
+
+    def move() -> None:
+        base.rename(PLAY / "moved")
+        base.mkdir()
+
+    trace = before("Attach", move)
     with pytest.raises(BusyError, match="changed while it was looked at"):
         world.apply("fix", source, base, manager=world.manager(trace=trace))
     assert not read().tagged
@@ -419,5 +424,8 @@ def test_target_that_is_claimed_has_no_links_and_lies_under_usr(
 ) -> None:
     world.base("app", {"x": "x"})
     (PLAY / "link").symlink_to("app")
-    with contextlib.closing(targets.open_source(str(source))) as opened, pytest.raises(RefusedError):
+    with (
+        contextlib.closing(targets.open_source(str(source))) as opened,
+        pytest.raises(RefusedError),
+    ):
         targets.open_target(path, opened)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +26,7 @@ from tests.mounts.test_crash import CASES, FILES, SOURCE, count_points, run_and_
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from overlayd.executor import Operation
     from overlayd.manager import Manager
@@ -91,10 +93,43 @@ def remove_if_there(world: World, name: str) -> None:
         world.manager().remove(name)
 
 
-@pytest.mark.parametrize("kind", ["in an operation", "between operations"])
+@dataclass
+class Failing:
+    """Work that fails at its point number ``point``: ``seen`` is how many came."""
+
+    point: int
+    within: bool
+    seen: int = 0
+    decided: bool = False
+    failed: bool = False
+
+    def reach(self, _number: int = 0) -> None:
+        """Count a point, and fail if it is the one."""
+        self.seen += 1
+        if self.seen == self.point:
+            raise OSError(errno.EIO, "injected")
+
+    def trace(self, when: str, operation: Operation) -> None:
+        """Look at what the executor does; its steps are points unless those lie *within*."""
+        self.decided |= when == "after" and operation.decisive
+        if when != "undo" and not self.within:
+            self.reach()
+
+    def do(self, work: Callable[[], object]) -> None:
+        """Do the work."""
+        with pytest.MonkeyPatch.context() as patch:
+            if self.within:
+                count_calls(patch, self.reach)
+            try:
+                work()
+            except OverlaydError:
+                self.failed = True
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["within a step", "between steps"])
 @pytest.mark.parametrize("case", CASES)
 def test_what_fails_and_is_undone_leaves_nothing_to_finish(
-    world: World, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
+    world: World, monkeypatch: pytest.MonkeyPatch, case: str, *, within: bool
 ) -> None:
     # As before Linux 6.15, which takes one step more.
     monkeypatch.setattr(overlayfs, "takes_detached_layers", lambda _: False)
@@ -104,45 +139,18 @@ def test_what_fails_and_is_undone_leaves_nothing_to_finish(
     before = snapshot(base)
     world.apply("x", source, base)  # what is made once is made
     world.manager().remove("x")
-    point, failures = 0, 0
-    while True:
+    failing = Failing(0, within)
+    failures = 0
+    while failing.point <= failing.seen:
         if present:
             world.apply("x", source, base)
         world.warnings.clear()
-        seen, decided = 0, False
-
-        def fail(number: int) -> None:
-            if number == point:  # noqa: B023  # called within this round
-                raise OSError(errno.EIO, "injected")
-
-        def trace(when: str, operation: Operation) -> None:
-            nonlocal seen, decided
-            if when == "undo":
-                return
-            decided |= when == "after" and operation.decisive
-            if kind == "between operations":
-                fail(seen)
-            seen += 1
-
+        failing = Failing(failing.point + 1, within)
         descriptors = os.listdir("/proc/self/fd")
-        failed = False
-        with pytest.MonkeyPatch.context() as patch:
-            calls = 0
-
-            def call(number: int) -> None:
-                nonlocal calls
-                calls = number
-                fail(number)
-
-            if kind == "in an operation":
-                count_calls(patch, call)
-            try:
-                work(world.manager(trace=trace), source, base)
-            except OverlaydError:
-                failed = True
+        failing.do(partial(work, world.manager(trace=failing.trace), source, base))
         assert os.listdir("/proc/self/fd") == descriptors
         overlays = world.manager().list()
-        if failed and not decided:
+        if failing.failed and not failing.decided:
             failures += 1
             assert world.warnings == [], "something was left to finish"
             assert [overlay.record.name for overlay in overlays] == ["x"] * present
@@ -150,9 +158,6 @@ def test_what_fails_and_is_undone_leaves_nothing_to_finish(
         remove_if_there(world, "x")
         assert snapshot(base) == before
         assert world.leftovers() == []
-        if point > (calls if kind == "in an operation" else seen):
-            break
-        point += 1
     assert failures > 1
 
 
@@ -160,9 +165,8 @@ def test_what_fails_and_is_undone_leaves_nothing_to_finish(
 def test_killed_within_an_operation_the_next_command_finishes_or_drops_it(
     world: World, case: str
 ) -> None:
-    def undone(manager: Manager, source: Path, base: Path) -> object:
-        """Apply, and take it back."""
-        return manager.prepare(Request("x", str(source), str(base)), Progress()).abandon()
+    def undone(manager: Manager, source: Path, base: Path) -> None:
+        manager.prepare(Request("x", str(source), str(base)), Progress()).abandon()
 
     present, work = CASES.get(case, (False, undone))
     base = world.base("app", FILES)
