@@ -73,8 +73,6 @@ class FillLayer(Step):
             tree = os.open(TREE, OPEN_DIRECTORY, dir_fd=top)
             try:
                 self._fill(run, run.source, run.place, tree)
-                # Once filled: what is made in a directory changes its time, and may inherit.
-                writer.copy_directory_attributes(run.place.base_fd, tree)
             finally:
                 os.close(tree)
             overlayfs.make_read_only(top)
