@@ -164,6 +164,13 @@ def on_root(root: str, mount_point: str, *, st_dev: int = 50) -> Mount:
 USR = Place("/usr", "/usr", (), "")
 
 
+def test_what_is_removed_and_still_used_counts_against_its_owner() -> None:
+    kept = make_record(owner=1000, size=1 << 20, inodes=10, layers=())
+    draining = kept.with_(phase=Phase.DRAINING)
+    others = kept.with_(owner=1001)
+    assert plan.usage_of(1000, [kept, draining, others]) == plan.Usage(2, 2 << 20, 20)
+
+
 def test_usr_may_be_a_mount_but_nothing_may_be_stacked_on_it() -> None:
     usr = on_root("/ostree/deploy/debian/deploy/4567.0/usr", "/usr")
     plan.check_mounts(USR, table_of(make_mount("/"), usr))
