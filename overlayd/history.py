@@ -3,11 +3,11 @@
 
 The database is a convenience, and removing an overlay is not: whatever state disk and file are in,
 :func:`note` returns.  It waits for others for :data:`PATIENCE` seconds in all, and for the disk as
-long as two or three syncs take.
+long as five syncs take.
 
 It has a rollback journal (``journal_mode=TRUNCATE``, ``synchronous=FULL``) and no write-ahead log.
 Each command opens the file for a single row, so a log would be copied into the file each time it is
-closed, which costs as many syncs; and its index is a mapped file, of which a full or failing disk
+closed, which costs syncs as well; and its index is a mapped file, of which a full or failing disk
 makes a SIGBUS, where everything else is an error that can be ignored.  A power cut takes the row
 that was being written, at most.  The rollback journal gets the mode of the database, 0600.
 
@@ -70,6 +70,9 @@ _DROP: Final = 64
 _ROUNDS: Final = 16
 """How often at most within one note."""
 _FEWEST_PAGES: Final = 32
+_INCREMENTAL: Final = 2
+"""What ``PRAGMA auto_vacuum`` says of a database that gives back pages when told to."""
+_ANYTHING: Final = "SELECT 1 FROM sqlite_schema LIMIT 1"
 _VACUUMED: Final = 256
 """Pages given back at a time."""
 _LATEST: Final = 253402300799.0
@@ -235,7 +238,8 @@ def _write(
     try:
         with contextlib.closing(connect(database, deadline - time.monotonic())) as connection:
             run = connection.execute
-            run("PRAGMA auto_vacuum = INCREMENTAL")
+            if number(connection, "auto_vacuum") != _INCREMENTAL:
+                run("PRAGMA auto_vacuum = INCREMENTAL")  # a transaction of its own, with its syncs
             run("PRAGMA journal_mode = TRUNCATE")
             run("PRAGMA synchronous = FULL")
             run(f"PRAGMA busy_timeout = {max(int((deadline - time.monotonic()) * 1000), 1)}")
@@ -369,8 +373,8 @@ def _select(
         with contextlib.closing(connect(database, _READ_PATIENCE)) as connection:
             connection.execute("PRAGMA query_only = ON")
             version = number(connection, "user_version")
-            if version == 0 and os.path.getsize(database) == 0:
-                return []
+            if version == 0 and not connection.execute(_ANYTHING).fetchall():
+                return []  # whoever was about to note the first was killed, or the power went
             if version != _SCHEMA:
                 raise DamagedError(f"its version is {version}, not {_SCHEMA}")
             return connection.execute(query, [*values, -1 if limit is None else limit]).fetchall()

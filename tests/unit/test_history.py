@@ -362,6 +362,32 @@ def test_writer_killed_at_any_moment_leaves_a_whole_database(database: Path) -> 
     assert aside(database) == []
 
 
+@pytest.mark.parametrize("done", [(), ("PRAGMA auto_vacuum = INCREMENTAL",)])
+def test_first_note_cut_short_at_its_beginning_is_no_damage(
+    database: Path, done: Sequence[str]
+) -> None:
+    database.parent.mkdir(mode=0o700)
+    database.touch(0o600)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        for statement in done:
+            connection.execute(statement)
+    assert bool(database.stat().st_size) is bool(done)
+    assert read(database) == []
+    assert put(database, attempt())
+    assert len(read(database)) == 1
+    assert aside(database) == []
+
+
+def test_note_is_one_transaction(database: Path) -> None:
+    def changes() -> int:  # of the header, https://sqlite.org/fileformat2.html#file_change_counter
+        return int.from_bytes(database.read_bytes()[24:28], "big")
+
+    assert put(database, attempt())
+    for before in range(changes(), changes() + 3):
+        assert put(database, attempt())
+        assert changes() == before + 1
+
+
 # What is not a database of ours
 
 
