@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from overlayd import mountinfo, state
 from overlayd import syscalls as sys
-from overlayd.errors import from_oserror
+from overlayd.errors import BusyError, from_oserror
 from overlayd.model import ROOTS, UUID, Phase, Record, is_within
 from overlayd.store import storage_path, upper_name
 
@@ -48,6 +48,8 @@ def settle(store: Store, look: Callable[[], Table]) -> list[str]:
             lock = None
             if record is None:
                 continue
+        except NotADirectoryError:
+            continue  # somebody put something else there
         else:
             if lock is None:
                 continue  # somebody is at work on it
@@ -81,7 +83,7 @@ def cut_short(store: Store) -> list[str]:
             continue
         try:
             lock = store.try_lock(record.uuid)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             lock = None
         else:
             if lock is None:
@@ -104,10 +106,11 @@ def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
 def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     store.unstage(record.uuid)
     tree = record.tree
-    devices = {mount.st_dev for mount in state.attached(record, table)}
-    old_stands = tree is not None and tree.st_dev in devices
+    attached = state.attached(record, table)
+    devices = {mount.st_dev for mount in attached}
+    old = {m.mount_id for m in attached if tree is not None and m.st_dev == tree.st_dev}
     if record.phase is Phase.REMOVING:
-        if old_stands:
+        if old:
             store.write(record.with_(phase=Phase.ACTIVE))
             return [f"{record.name}: its removal had not begun; it stays"]
         _forget(store, record)
@@ -116,7 +119,7 @@ def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
         return []
     new = devices - {tree.st_dev if tree is not None else 0}
     if new:
-        return _finish(store, record, record.pending, new.pop(), old_stands=old_stands)
+        return _finish(store, record, record.pending, new.pop(), old)
     if record.phase is Phase.PREPARING:
         _forget(store, record)
         return [f"{record.name}: dropped, it had not been attached"]
@@ -125,12 +128,14 @@ def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
     return [f"{record.name}: its reset had not begun; it stays as it was"]
 
 
-def _finish(
-    store: Store, record: Record, pending: Tree, st_dev: int, *, old_stands: bool
-) -> list[str]:
+def _finish(store: Store, record: Record, pending: Tree, st_dev: int, old: set[int]) -> list[str]:
     """Let the tree that is attached already be the one that counts."""
-    if old_stands:
+    if old:
         # Both are attached: the new one beneath, the old one on top.
+        try:
+            state.check_on_top(record, old)
+        except BusyError:
+            return []  # not while mounts of others would go with it
         sys.umount2(record.mount_point, sys.MNT_DETACH)
     if record.tree is not None:
         store.drop_storage(record.uuid, upper_name(record.tree.upper))

@@ -51,6 +51,17 @@ def upper_name(number: int) -> str:
     return f"upper.{number}"
 
 
+def _open_lock() -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(_LOCK, flags)
+    except FileNotFoundError:
+        # Somebody deleted it.  The count that begins anew is none that a process remembers.
+        fd = os.open(_LOCK, flags | os.O_CREAT, 0o600)
+        os.pwrite(fd, os.urandom(7), 0)
+        return fd
+
+
 def _take(fd: int, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
@@ -154,9 +165,10 @@ class Store(World):
 
         :param patience: seconds to wait for it, :data:`WORLD_PATIENCE` unless given.
         :raises BusyError: if another command keeps it: one that hangs, or was stopped.
+        :raises OverlaydError: if it cannot be opened.
         """
         try:
-            fd = os.open(_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = _open_lock()
         except OSError as error:
             raise from_oserror(error, f"opening {_LOCK}") from None
         try:
@@ -433,7 +445,10 @@ def _attach_tmpfs(
 
 
 def _unmount_all(path: str) -> None:
-    """Detach every mount stacked at *path* and remove the directory; fine if there is none."""
+    """Detach every mount stacked at *path* and remove the directory; fine if there is none.
+
+    What lies in it was written there after somebody else had unmounted the storage.
+    """
     try:
         while True:
             sys.umount2(path, sys.MNT_DETACH)
@@ -442,7 +457,18 @@ def _unmount_all(path: str) -> None:
         if error.errno not in {errno.EINVAL, errno.ENOENT}:
             raise
     with contextlib.suppress(FileNotFoundError):
-        os.rmdir(path)
+        _delete(path)
+
+
+def _delete(path: str) -> None:
+    """Remove a directory with all that is in it, but for what is mounted there."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+            elif not _is_mount(entry.path):
+                _delete(entry.path)
+    os.rmdir(path)
 
 
 def quarantined() -> list[str]:
