@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from overlayd import layers, overlayfs, writer
+from overlayd import syscalls as sys
+from overlayd.errors import NotFoundError
 from overlayd.executor import Step
 from overlayd.model import SourceKind, counted, human_size, shown
 from overlayd.store import LAYER, storage_path, upper_name
@@ -67,7 +69,7 @@ class FillLayer(Step):
         """Copy, then make the layer's filesystem read-only."""
         if run.source is None or run.place is None:
             raise AssertionError
-        top = os.open(storage_path(run.record.uuid, LAYER), OPEN_DIRECTORY)
+        top = _open_storage(run, LAYER)
         try:
             os.mkdir(TREE, 0o700, dir_fd=top)
             tree = os.open(TREE, OPEN_DIRECTORY, dir_fd=top)
@@ -140,13 +142,27 @@ class PrepareUpper(Step):
 
     def apply(self, run: Run) -> None:
         """Make them."""
-        top = os.open(storage_path(run.record.uuid, upper_name(self.number)), OPEN_DIRECTORY)
+        top = _open_storage(run, upper_name(self.number))
         try:
             os.close(writer.make_directory(top, "upper", base_of(run)))
             if not run.record.options.read_only:
                 os.mkdir("work", 0o700, dir_fd=top)
         finally:
             os.close(top)
+
+
+def _open_storage(run: Run, which: str) -> int:
+    """Open the root of a part of the storage.
+
+    :raises NotFoundError: if it is not mounted; what is written would fill what others need.
+    """
+    path = storage_path(run.record.uuid, which)
+    fd = os.open(path, OPEN_DIRECTORY)
+    if not sys.statx(fd).mount_root:
+        os.close(fd)
+        message = f"storage of {run.record.name} is gone: {path}"
+        raise NotFoundError(message, hint="somebody unmounted it; try again")
+    return fd
 
 
 def base_of(run: Run) -> int:
