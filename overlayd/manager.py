@@ -316,7 +316,10 @@ class Manager(Observer):
     def _seen(self, run: Run) -> Overlay:
         record, tree = run.record, run.record.tree
         # By path: what arrived by propagation is a copy of the mount that was built.
-        mount_id = mountinfo.top_mount_id(record.mount_point)
+        try:
+            mount_id = mountinfo.top_mount_id(record.mount_point)
+        except OSError:  # somebody covered a directory above in this very moment
+            return state.with_storage(state.observe(record, mountinfo.read()))
         if tree is not None:
             places = [storage_path(record.uuid, part) for part in (LAYER, upper_name(tree.upper))]
             made = [own_mount(place, "tmpfs", overlayfs.STORAGE_SOURCE) for place in places]

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from overlayd import caller, overlayfs, targets
+from overlayd import caller, mountinfo, overlayfs, state, targets
 from overlayd import syscalls as sys
 from overlayd.contents import TREE, base_of
 from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
@@ -283,9 +283,17 @@ class Attach(Step):
         return f"attach it at {shown(self.mount_point)}"
 
     def apply(self, run: Run) -> None:
-        """Attach it to the directory that was opened when the place was chosen."""
+        """Attach it to the directory that was opened when the place was chosen.
+
+        :raises BusyError: if somebody mounted something there since; the copy may have taken long.
+        """
         if run.place is None:
             raise AssertionError
+        targets.check_still_there(run.place)
+        if any(
+            m.mount_point != self.mount_point for m in mountinfo.read().within(self.mount_point)
+        ):
+            raise targets.moved(self.mount_point)
         sys.move_mount(run.overlay_fd, run.place.place_fd)
         run.attached = True
         # From here on it cannot be moved; since it was opened, it may have been.
@@ -304,6 +312,7 @@ class PutBeneath(Step):
     """Put the new mount beneath the present one: nobody sees it yet."""
 
     mount_point: str
+    present: int
     decisive: ClassVar[bool] = True
 
     def describe(self) -> str:
@@ -311,7 +320,11 @@ class PutBeneath(Step):
         return f"put it beneath the present overlay at {shown(self.mount_point)}"
 
     def apply(self, run: Run) -> None:
-        """Put it there, by the kernel's own call or by propagation."""
+        """Put it there, by the kernel's own call or by propagation.
+
+        :raises BusyError: if the mount *present* is not what shows there any more.
+        """
+        state.check_on_top(run.record, {self.present})
         parent = targets.open_parent(self.mount_point)
         try:
             overlayfs.put_beneath(
@@ -330,14 +343,18 @@ class DetachOld(Step):
     """Detach the present mount, so that the one beneath it shows: no gap."""
 
     mount_point: str
+    present: int
 
     def describe(self) -> str:
         """Say what the step does."""
         return "detach the present one; programs keep the files they have open"
 
     def apply(self, run: Run) -> None:
-        """Detach the topmost mount."""
-        del run
+        """Detach the topmost mount.
+
+        :raises BusyError: if that is not *present*; a later command finishes then.
+        """
+        state.check_on_top(run.record, {self.present})
         sys.umount2(self.mount_point, sys.MNT_DETACH)
 
 

@@ -331,7 +331,8 @@ def plan_reset(overlay: Overlay, version: int, around: Sequence[Mount]) -> tuple
     steps.append(ops.CloseBase())
     if record.entry:
         steps.append(ops.ShowEntry(record.entry))
-    steps += [ops.PutBeneath(record.mount_point), ops.DetachOld(record.mount_point)]
+    place, on_top = record.mount_point, overlay.mount_id or 0
+    steps += [ops.PutBeneath(place, on_top), ops.DetachOld(place, on_top)]
     # The old storage before the record: until that is written the next command knows of it.
     return (*steps, removal.DropStorage(upper_name(present.upper)), ops.Commit())
 
@@ -350,9 +351,11 @@ def plan_remove(
         _in_place(overlay, around)
         if not lazy:
             steps.append(removal.CheckUnused(copied))
-        steps.append(removal.Detach(overlay.record.mount_point, lazy))
-    # The storage first: as long as there is a record, the next command knows of it.
-    return (*steps, removal.DropStorage(), removal.Retire(lazy))
+        steps.append(removal.Detach(overlay.record.mount_point, lazy, overlay.mount_id or 0))
+    # The storage first: as long as there is a record, the next command knows of it.  Of what
+    # somebody else unmounted nobody knows yet who still uses it, or where it is now.
+    thorough = lazy or overlay.state is State.LOST
+    return (*steps, removal.DropStorage(), removal.Retire(thorough))
 
 
 def _in_place(overlay: Overlay, around: Sequence[Mount]) -> Tree:

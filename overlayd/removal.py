@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from overlayd import holders, mountinfo
+from overlayd import holders, mountinfo, state
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError
 from overlayd.executor import Step
@@ -84,6 +84,7 @@ class Detach(Step):
 
     mount_point: str
     lazy: bool
+    present: int
     decisive: ClassVar[bool] = True
 
     def describe(self) -> str:
@@ -94,8 +95,10 @@ class Detach(Step):
     def apply(self, run: Run) -> None:
         """Unmount.
 
-        :raises BusyError: if it is in use and not *lazy*, saying by whom.
+        :raises BusyError: if it is in use and not *lazy*, saying by whom; if the mount *present*
+            is not what shows there any more.
         """
+        state.check_on_top(run.record, {self.present})
         lazy = self.lazy
         for patience in (0.01, 0.05, 0.2, 0.0):
             try:
@@ -135,9 +138,12 @@ def check_unused(record: Record) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Retire(Step):
-    """Free the name; keep a note while somebody still uses what was detached."""
+    """Free the name; keep a note while somebody still uses what was detached.
 
-    lazy: bool
+    ``thorough`` says that nobody has asked yet whether somebody does.
+    """
+
+    thorough: bool
 
     def describe(self) -> str:
         """Say what the step does."""
@@ -146,7 +152,7 @@ class Retire(Step):
     def apply(self, run: Run) -> None:
         """Drop the record, or turn it into the note."""
         record = run.record
-        if (self.lazy or run.copied) and record.tree is not None:
+        if (self.thorough or run.copied) and record.tree is not None:
             run.draining = in_use(record)
         if run.draining:
             run.write(record.with_(phase=Phase.DRAINING))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from overlayd import mountinfo
 from overlayd import syscalls as sys
-from overlayd.model import Overlay, Phase, State, Storage, not_found
+from overlayd.errors import BusyError
+from overlayd.model import Overlay, Phase, State, Storage, not_found, shown
 from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from overlayd.model import Record
     from overlayd.mountinfo import Mount, Table
@@ -68,6 +69,25 @@ def observe(record: Record, table: Table) -> Overlay:
     if top in ids:
         return Overlay(record, State.ACTIVE, top, None)
     return Overlay(record, State.COVERED, mine[-1].mount_id, None)
+
+
+def check_on_top(record: Record, mounts: Container[int]) -> None:
+    """Refuse if what shows at the overlay's place is none of *mounts* now, or holds others' mounts.
+
+    Mounts are given by their ids.  The kernel unmounts whatever is on top, and lazily all that is
+    inside: so this is asked right before.
+
+    :raises BusyError: saying so.
+    """
+    place = record.mount_point
+    try:
+        on_top = mountinfo.top_mount_id(place) in mounts
+    except OSError:
+        on_top = False
+    within = mountinfo.read().within(place)
+    if not on_top or any(m.mount_point != place and m.tag != record.uuid for m in within):
+        message = f"somebody mounted or unmounted something at {shown(place)} meanwhile"
+        raise BusyError(message, hint=f"see 'findmnt {shown(place)}', then try again")
 
 
 def with_storage(overlay: Overlay) -> Overlay:

@@ -433,7 +433,7 @@ def test_remove_marks_detaches_and_frees_the_storage_and_then_the_name(lazy: boo
         removal.DropStorage,
         removal.Retire,
     ]
-    assert removal.Detach(APP, lazy) in steps
+    assert removal.Detach(APP, lazy, 77) in steps
     assert removal.DropStorage() in steps
 
 
