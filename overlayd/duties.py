@@ -251,7 +251,6 @@ class Duties:
                 interactive=call.interactive,
                 last=True,
             )
-            call.progress.check()
         except BaseException:
             prepared.abandon()
             raise

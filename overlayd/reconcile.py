@@ -7,6 +7,7 @@ the lock goes with the process that died.  What cannot be proven to be overlayd'
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -181,15 +182,12 @@ def proven(mount: Mount) -> bool:
     try:
         if mountinfo.top_mount_id(mount.mount_point) != mount.mount_id:
             return False
-        shown_by = sys.statfs(mount.mount_point)
+        shown_by = sys.statfs(mount.mount_point).fsid
         parts = os.listdir(top)
     except OSError:
         return False
     for part in parts:
-        try:
-            storage = sys.statfs(f"{top}/{part}")
-        except OSError:
-            continue
-        if storage.type == sys.TMPFS_MAGIC and storage.fsid == shown_by.fsid:
-            return shown_by.type == sys.OVERLAYFS_SUPER_MAGIC
+        with contextlib.suppress(OSError):
+            if sys.statfs(f"{top}/{part}").fsid == shown_by:
+                return True
     return False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tests.bus.conftest import PYTHON
 from tests.bus.fake_polkit import ANSWERS
-from tests.bus.peer import Peer
+from tests.bus.peer import Peer, directory
 from tests.mounts.conftest import mount
 from tests.mounts.processes import eventually
 
@@ -62,6 +62,20 @@ def test_answers_of_polkit_that_make_no_sense_are_no(bus: Bus) -> None:
         assert "Source" not in bob.list().listed()["hers"]
         assert bob.remove("hers").error == "NoPermission"
     assert bus.processes["service"].poll() is None
+
+
+def test_question_that_nobody_waits_for_is_taken_back(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    bus.serve()
+    no_activation(bus)
+    pretend(bus, "never")
+    with Peer("alice") as alice:
+        number, writing = alice.open_stream()
+        os.write(writing, directory({"motd": "alice"}))
+        alice.begin_apply("hers", base, number)
+        assert eventually(lambda: "CheckAuthorization" in bus.log("polkit").read_text(), 10)
+        os.close(writing)
+    assert eventually(lambda: "CancelCheckAuthorization" in bus.log("polkit").read_text(), 10)
 
 
 def test_polkit_that_is_gone_permits_nothing_and_is_asked_again_when_back(bus: Bus) -> None:

@@ -449,6 +449,25 @@ def test_overlay_that_somebody_unmounted_is_lost_and_can_be_tidied_up(
     assert world.leftovers() == []
 
 
+def test_storage_that_somebody_deleted_does_not_keep_the_overlay(world: World) -> None:
+    base = world.base("app", FILES)
+    storage = RUN / "storage" / world.apply("fix", world.source("s", NEW), base).record.uuid
+    for part in storage.iterdir():
+        subprocess.run(["umount", "--lazy", part], check=True)
+    shutil.rmtree(storage)
+    world.manager().remove("fix")
+    assert world.leftovers() == []
+
+
+def test_storage_that_somebody_mounted_on_goes_with_the_overlay(world: World) -> None:
+    base = world.base("app", FILES)
+    storage = RUN / "storage" / world.apply("fix", world.source("s", NEW), base).record.uuid
+    mount("theirs", storage / "layer", "tmpfs")
+    mount("theirs", storage / "upper.1", "tmpfs")
+    world.manager().remove("fix")
+    assert world.leftovers() == []
+
+
 def test_lost_overlay_that_a_program_still_uses_drains(world: World) -> None:
     base = applied(world)
     with child("f = open(sys.argv[1])", base / "a", then="print(f.read())") as holder:

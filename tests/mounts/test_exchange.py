@@ -134,6 +134,20 @@ def test_reset_works_where_layers_must_be_attached(
     assert world.leftovers() == []
 
 
+def test_private_parent_is_private_again_after_an_exchange(either_world: World) -> None:
+    world = either_world
+    before = shared()
+    base = world.base("t", {"a": "base"})
+    world.apply("x", world.source("s", {"a": "overlay"}), base)
+    world.manager(way=Exchange.TUCK).reset("x", 0)
+    world.manager().remove("x")
+    assert shared() == before
+
+
+def shared() -> set[str]:
+    return {mount.mount_point for mount in mountinfo.read().within(str(PLAY)) if mount.shared}
+
+
 def test_the_watcher_would_see_a_gap(world: World) -> None:
     base = world.base("t", {"a": "base"})
     manager = world.manager()

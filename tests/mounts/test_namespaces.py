@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import mountinfo
+from overlayd import mountinfo, overlayfs
 from overlayd.errors import KernelError, RefusedError
 from tests.mounts.conftest import COMMAND, PLAY, ROOT, RUN, mount
 from tests.mounts.processes import child, eventually
@@ -306,6 +306,35 @@ def test_stage_is_never_seen_in_a_namespace_that_receives_mounts(world: World) -
         ]
         assert inner == []
         other.let_go()
+
+
+def test_stage_is_not_seen_in_another_namespace_while_it_is_used(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = world.base("app", FILES)
+    world.apply("fix", world.source("s", NEW) / "a", base / "a")
+    genuine = overlayfs.clone
+    seen: list[set[str]] = []
+    with child("", before=SLAVE) as other:
+
+        def and_look(fd: int) -> int:
+            own = mountinfo.read().within(f"{RUN}/stage")
+            others = mountinfo.read(str(other.pid)).within(f"{RUN}/stage")
+            seen.append({m.mount_point for m in own} - {m.mount_point for m in others})
+            return genuine(fd)
+
+        monkeypatch.setattr(overlayfs, "clone", and_look)
+        world.manager().reset("fix", 0)
+        monkeypatch.undo()
+        other.let_go()
+    assert any(seen), "it was used, and nobody else saw what was there"
+
+
+def test_world_of_another_user_is_refused(world: World) -> None:
+    world.apply("fix", world.source("s", NEW), world.base("app", FILES))
+    os.chown(RUN / "world.json", 1000, 0)
+    with pytest.raises(RefusedError, match="inside of 'overlayd enter' of uid 1000"):
+        world.manager().list()
 
 
 def test_private_namespace_that_copied_storage_does_not_keep_the_overlay_from_going(

@@ -238,6 +238,53 @@ def test_strange_file_among_the_records_is_set_aside(world: World, name: str) ->
     world.check_invariants()
 
 
+def test_records_of_one_name_are_set_aside_side_by_side(world: World) -> None:
+    world.apply("fix", world.source("s", NEW), world.base("app", FILES))
+    for text in ("one", "two"):
+        (RECORDS / "x.json").write_text(text)
+        world.manager().list()
+    assert sorted(path.read_text() for path in QUARANTINE.iterdir()) == ["one", "two"]
+
+
+def test_link_to_a_directory_among_the_records_is_deleted_and_not_followed(world: World) -> None:
+    world.apply("fix", world.source("s", NEW), world.base("app", FILES))
+    victim = world.source("victim", {"file": "file"})
+    (RECORDS / "x.json").symlink_to(victim)
+    world.manager().list()
+    assert [(action.kind, action.failed) for action in world.manager().cleanup()] == [
+        ("quarantine", None)
+    ]
+    assert (victim / "file").read_text() == "file"
+    assert os.listdir(QUARANTINE) == []
+
+
+def test_storage_without_a_record_goes_once_nothing_shows_it(world: World) -> None:
+    base = world.base("app", FILES)
+    overlay = world.apply("fix", world.source("s", NEW), base)
+    storage = RUN / "storage" / overlay.record.uuid
+    empty(RECORDS / f"{overlay.record.uuid}.json")
+    with child("os.chdir(sys.argv[1])", base) as holder:
+        world.manager().cleanup()
+        assert storage.exists()
+        assert (base / "a").read_text() == "new a"
+        holder.let_go()
+    subprocess.run(["umount", base], check=True)
+    world.manager().cleanup()
+    assert world.leftovers() == []
+
+
+def test_storage_bound_over_an_orphan_is_left_alone(world: World) -> None:
+    base = world.base("app", FILES)
+    overlay = world.apply("fix", world.source("s", NEW), base)
+    empty(RECORDS / f"{overlay.record.uuid}.json")
+    bind(RUN / "storage" / overlay.record.uuid / "upper.1", base)
+    assert [action.kind for action in world.manager().cleanup()] == ["quarantine"]
+    assert sorted(os.listdir(base)) == ["upper", "work"]
+    subprocess.run(["umount", base], check=True)
+    assert [action.kind for action in world.manager().cleanup()] == ["orphan"]
+    assert world.leftovers() == []
+
+
 def test_command_line_prints_the_warning_and_succeeds(world: World) -> None:
     base = world.base("app", FILES)
     overlay = world.apply("fix", world.source("s", NEW), base)

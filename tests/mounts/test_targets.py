@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import targets
+from overlayd import overlayfs, targets
 from overlayd.errors import (
     BusyError,
     ExistsError,
@@ -21,7 +22,9 @@ from overlayd.errors import (
     RefusedError,
     SpaceError,
 )
+from overlayd.model import Request
 from overlayd.mountinfo import read
+from overlayd.progress import Progress
 from tests.mounts.conftest import PLAY, SOURCES, bind, defaults, mount, snapshot, tree
 
 if TYPE_CHECKING:
@@ -413,6 +416,76 @@ def test_place_exchanged_on_the_same_mount_is_not_the_place_any_more(
         with pytest.raises(BusyError):
             targets.check_still_there(place)
         place.close()
+
+
+def test_place_that_was_mounted_on_is_not_the_place_any_more(world: World, source: Path) -> None:
+    base = world.base("app", {"a": "a"})
+    with contextlib.closing(targets.open_source(str(source))) as opened:
+        place = targets.open_target(str(base), opened)
+        bind(base, base)  # the same directory
+        with pytest.raises(BusyError):
+            targets.check_still_there(place)
+        place.close()
+
+
+def test_place_that_goes_is_noticed_before_anything_is_made(
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = world.base("app", {"a": "a"})
+    genuine = targets.open_target
+    steps: list[str] = []
+
+    def and_then_it_goes(path: str, opened: targets.OpenSource) -> targets.OpenPlace:
+        place = genuine(path, opened)
+        base.rename(PLAY / "moved")
+        base.mkdir()
+        return place
+
+    def trace(_when: str, operation: Operation) -> None:
+        steps.append(operation.describe())
+
+    monkeypatch.setattr(targets, "open_target", and_then_it_goes)
+    with pytest.raises(BusyError):
+        world.apply("fix", source, base, manager=world.manager(trace=trace))
+    assert steps == []
+
+
+def test_source_that_is_a_device_is_refused_before_anything_is_done(world: World) -> None:
+    device = SOURCES / "device"
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    request = Request("fix", str(device), str(world.base("app", {"a": "a"}) / "a"))
+    with pytest.raises(RefusedError, match="is a character device"):
+        world.manager().describe(request, Progress())
+
+
+def test_file_that_comes_where_a_directory_is_missing_is_not_covered(
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = world.base("app", {})
+    genuine = overlayfs.open_beneath
+
+    def and_it_comes(dir_fd: int, path: str, flags: int = os.O_PATH) -> int:
+        try:
+            return genuine(dir_fd, path, flags)
+        except FileNotFoundError:
+            (base / "a").write_text("a")
+            raise
+
+    monkeypatch.setattr(overlayfs, "open_beneath", and_it_comes)
+    with pytest.raises(RefusedError, match="a part of the path is a file"):
+        world.apply("fix", source / "x", base / "a/x")
+    assert (base / "a").read_text() == "a"
+    assert world.leftovers() == []
+
+
+def test_mount_is_not_attached_through_a_link(world: World) -> None:
+    base = world.base("app", {"a": "a"})
+    (PLAY / "link").symlink_to("app")
+    mount_fd = overlayfs.make_tmpfs(4096, 8)
+    with pytest.raises(OSError, match=r"."):
+        overlayfs.attach(mount_fd, str(PLAY / "link"))
+    os.close(mount_fd)
+    assert os.listdir(base) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,31 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
+# What is written
+
+
+def test_file_is_never_written_over_what_is_there(dest: Path) -> None:
+    dest.mkdir()
+    (dest / "file").write_text("file")
+    (dest / "link").symlink_to("file")
+    with opened(dest) as fd:
+        into = writer.Writer("s", WIDE, fd)
+        for name in ("file", "link"):
+            with pytest.raises(FileExistsError):
+                into.create(name, fd)
+    assert (dest / "file").read_text() == "file"
+
+
+def test_link_to_a_symlink_is_not_one_to_what_that_leads_to(dest: Path, tmp_path: Path) -> None:
+    dest.mkdir()
+    (tmp_path / "outside").touch()
+    (dest / "first").symlink_to(tmp_path / "outside")
+    with opened(dest) as fd:
+        writer.Writer("s", WIDE, fd).link(("first",), "second", fd)
+    assert (dest / "second").is_symlink()
+    assert (tmp_path / "outside").stat().st_nlink == 1
+
+
 # What is kept
 
 

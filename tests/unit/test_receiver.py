@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import stat
 import struct
@@ -952,6 +953,17 @@ def test_less_than_was_announced_is_received_as_what_it_is(dest: Path) -> None:
     sent = header(1000, 1 << 30) + ROOT + file(b"a", 1) + data(0, b"x") + LEAVE + end(2, PAGE)
     received = receive(sent, dest)
     assert (received.entries, received.size) == (2, PAGE)
+
+
+def test_file_that_fits_only_in_part_is_an_error_of_space(dest: Path) -> None:
+    sent = header(2) + ROOT + file(b"a", PAGE) + data(0, b"x" * PAGE) + LEAVE + end(2, PAGE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE // 2, limits[1]))
+    try:
+        with pytest.raises(SpaceError):
+            receive(sent, dest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # -- limits ----------------------------------------------------------------------------------------

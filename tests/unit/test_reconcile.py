@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlayd.model import Phase, Tree
+from overlayd.model import ROOTS, Phase, Tree
 from overlayd.mountinfo import Table
 from overlayd.reconcile import leftovers, proven
 from tests.unit.conftest import OTHER_UUID, UUID, make_mount, make_record
@@ -45,6 +45,10 @@ def test_mounts_of_a_reset_in_progress_are_left_alone() -> None:
 def test_foreign_mounts_are_no_leftovers() -> None:
     raw = b"77 1 0:50 / /usr/x rw - tmpfs overlayd:x rw\n78 1 0:51 / /usr/y rw - overlay y rw\n"
     assert leftovers(Table(raw), []) == []
+
+
+def test_what_services_are_shown_of_private_overlays_is_no_leftover() -> None:
+    assert leftovers(Table(line(UUID, f"{ROOTS}/holder/usr/x")), []) == []
 
 
 def test_tag_alone_proves_nothing() -> None:
