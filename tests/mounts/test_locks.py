@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from overlayd.executor import Operation
     from overlayd.manager import Prepared
     from overlayd.model import Record
 
@@ -119,6 +121,47 @@ def test_what_is_finished_before_its_lock_is_free_is_not_settled(
     assert [overlay.record.name for overlay in world.manager().list()] == ["x"]
     assert world.warnings == []
     world.check_invariants()
+
+
+def test_mounts_are_looked_at_once_the_lock_is_free(
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = world.base("t", {"a": "base"})
+    reading, writing = os.pipe()
+    halted_reading, halted_writing = os.pipe()
+
+    def trace(when: str, operation: Operation) -> None:
+        if type(operation).__name__ == "Attach":
+            if when == "before":
+                os.write(halted_writing, b"!")
+                os.read(reading, 1)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            world.apply("x", source, base, manager=world.manager(trace=trace))
+        finally:
+            os._exit(1)
+
+    def attach_and_die() -> None:
+        os.write(writing, b"!")
+        os.waitpid(child, 0)
+
+    assert os.read(halted_reading, 1) == b"!"
+    attached = once(attach_and_die)
+    genuine = Store.try_lock
+
+    def and_first_it_is_attached(store: Store, uuid: str) -> storing.Lock | None:
+        attached()
+        return genuine(store, uuid)
+
+    monkeypatch.setattr(Store, "try_lock", and_first_it_is_attached)
+    assert [overlay.state for overlay in world.manager().list()] == ["active"]
+    world.check_invariants()
+    for fd in (reading, writing, halted_reading, halted_writing):
+        os.close(fd)
 
 
 def test_what_is_being_prepared_is_nobody_else_s(world: World, source: Path) -> None:
