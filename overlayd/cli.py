@@ -6,13 +6,20 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
 import click
 
 from overlayd import __version__, render
-from overlayd.errors import InterruptedByUserError, OverlaydError, UsageError, from_oserror
+from overlayd.errors import (
+    InterruptedByUserError,
+    OverlaydError,
+    SpaceError,
+    UsageError,
+    from_oserror,
+)
 from overlayd.model import shown
 
 if TYPE_CHECKING:
@@ -144,6 +151,7 @@ def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None
 def main() -> None:
     """Run a command and exit with its documented code."""
     as_json = "--json" in sys.argv
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller who ignores it would take our children
     for fd in range(3):
         # A closed standard stream would give its number to the next file that is opened.
         try:
@@ -168,7 +176,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _report(InterruptedByUserError.code, "interrupted", None, as_json=as_json)
         sys.exit(InterruptedByUserError.exit_code)
-    except (ImportError, MemoryError) as error:
-        message = shown(f"loading it: {error}") if str(error) else "out of memory"
-        _report(OverlaydError.code, message, None, as_json=as_json)
+    except MemoryError:
+        _report(SpaceError.code, "there is not enough memory", None, as_json=as_json)
+        sys.exit(SpaceError.exit_code)
+    except ImportError as error:
+        _report(OverlaydError.code, shown(f"loading Python: {error}"), None, as_json=as_json)
         sys.exit(OverlaydError.exit_code)
