@@ -30,7 +30,7 @@ _USERS: Final = "users."
 _MAX_DEPTH: Final = 200
 """Directory descriptors per level of a source are three; 600 stay below the usual limit of 1024."""
 
-_MAX_DOTS: Final = 4096**2 * 2
+_MAX_DOTS: Final = 2048**2
 """The square of the dots in a line, all lines together: paths may have many, keys have one."""
 _MAX_DAYS: Final = 36500
 _MIN_HISTORY: Final = 256 << 10
