@@ -8,7 +8,6 @@ memory, descriptors and threads as well.  ``test_fuzz`` and ``fuzz`` have the in
 
 from __future__ import annotations
 
-import _thread
 import codecs
 import contextlib
 import json
@@ -53,11 +52,11 @@ if TYPE_CHECKING:
     Feed = Callable[[bytes], None]
 
 CORPUS: Final = Path(__file__).with_name("corpus")
-SECONDS: Final = 4.0
+SECONDS: Final = 3.0
 """Of the processor's time, for one input; of the clock's many times that."""
 ROOM: Final = 512 << 20
 """Bytes of address space that one input may take; each thread has 8 MiB of stack in it."""
-_SETTLING: Final = 10.0
+_SETTLING: Final = 20.0
 _LIMITS: Final = Limits(entries=1000, size=8 << 20, depth=40)
 _LOADED: Final = (
     *(pwd, select, subprocess),
@@ -97,7 +96,8 @@ def corpus(name: str) -> list[bytes]:
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """Fail what takes too long or too much, leaves something open, or fails on another thread."""
-    fds, threads = open_fds(), _thread._count()
+    tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+    fds, threads = open_fds(), len(os.listdir(tasks))
     raised: list[BaseException] = []
 
     def note(error: BaseException | None) -> None:
@@ -112,11 +112,14 @@ def bounded() -> Iterator[None]:
     threading.excepthook = lambda args: note(args.exc_value)
     sys.unraisablehook = lambda args: note(args.exc_value)
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, limits[1]))
+    began = time.process_time()
     try:
-        with time_limit(SECONDS):
+        with time_limit(2 * SECONDS):
             yield
+            # Before the alarm, which a reader may take for an error of its own.
+            assert time.process_time() - began < SECONDS, f"it took longer than {SECONDS} s"
             until = time.monotonic() + _SETTLING
-            while open_fds() > fds or _thread._count() > threads:
+            while open_fds() > fds or len(os.listdir(tasks)) > threads:
                 assert time.monotonic() < until, "something stays open"
                 time.sleep(0.0005)
     except AssertionError:
@@ -124,6 +127,7 @@ def bounded() -> Iterator[None]:
             raise raised[0] from None
         raise
     finally:
+        os.close(tasks)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         threading.excepthook, sys.unraisablehook = hooks
     if raised:
@@ -376,16 +380,33 @@ def _say(fake: Fake, op: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _jailed(jail: Path) -> Iterator[None]:
-    """Let this thread, and what it starts, see nothing but *jail*."""
-    outside = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    """Let this thread, and those that it starts, see nothing but *jail*; they end before it leaves.
+
+    If they do not, this process ends: none may ever see what is outside.
+    """
+    # The kernel knows of a thread at once, Python when it begins.
+    tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+    threads = len(os.listdir(tasks))
+    outside, before = (os.open(path, os.O_PATH | os.O_DIRECTORY) for path in ("/", "."))
     os.chroot(jail)
     os.chdir("/")
     try:
         yield
     finally:
+        alarms = {signal.SIGALRM, signal.SIGPROF}
+        signal.pthread_sigmask(signal.SIG_BLOCK, alarms)
+        until = time.monotonic() + _SETTLING
+        while len(os.listdir(tasks)) > threads:
+            if time.monotonic() > until:
+                os.write(2, b"the agent's threads do not end\n")
+                os._exit(70)
+            time.sleep(0.0005)
         os.fchdir(outside)
         os.chroot(".")
-        os.close(outside)
+        os.fchdir(before)
+        for fd in (outside, before, tasks):
+            os.close(fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, alarms)
 
 
 def _agent(folder: Path) -> Feed:
@@ -405,14 +426,11 @@ def _agent(folder: Path) -> Feed:
         agent.OPS.update(given)
         ours, host = socket.socketpair()
         said = os.memfd_create("said")
-        threads = _thread._count()
         try:
             with host, _jailed(jail):
                 host.sendall(data)
                 host.shutdown(socket.SHUT_WR)
                 agent.Link(ours.detach(), os.dup(said)).serve()
-                while _thread._count() > threads:  # none may ever see what is outside
-                    time.sleep(0.0005)
             for line in os.pread(said, 1 << 24, 0).split(b"\n"):
                 assert not line or isinstance(json.loads(line), dict)
         finally:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.crash.conftest import Proof
 
 pytestmark = pytest.mark.usefixtures("world")
-QUICK: Final = 300
+QUICK: Final = 200
 WHOLE: Final = 10_000
 """Inputs of a target."""
 
