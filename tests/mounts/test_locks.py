@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from overlayd import mountinfo
 from overlayd import store as storing
 from overlayd.errors import BusyError, ExistsError
 from overlayd.model import Request
-from overlayd.mountinfo import read
 from overlayd.progress import Progress
 from overlayd.store import STAGE, Store
 from tests.mounts.conftest import RUN, World
@@ -63,7 +63,7 @@ def test_first_commands_of_a_boot_make_one_world(world: World, source: Path) -> 
     Store(world.warnings.append)._make(beneath)
     os.close(beneath)
     thread.join()
-    assert [mount.mount_point for mount in read()].count(str(RUN)) == 1
+    assert [mount.mount_point for mount in mountinfo.read()].count(str(RUN)) == 1
     world.check_invariants()
 
 
@@ -86,7 +86,7 @@ def test_stage_is_made_under_the_lock_of_all(
 
     monkeypatch.setattr(storing, "_is_mount", and_then_another_makes_it)
     Store(world.warnings.append).stage("one")
-    assert [mount.mount_point for mount in read()].count(STAGE) == 1
+    assert [mount.mount_point for mount in mountinfo.read()].count(STAGE) == 1
     assert sorted(os.listdir(STAGE)) == ["one", "other"]
 
 
@@ -181,6 +181,23 @@ def test_cleanup_settles_under_the_lock_of_all(
     monkeypatch.setattr(storing, "WORLD_PATIENCE", 0.1)
     with Store(world.warnings.append).locked(), pytest.raises(BusyError):
         world.manager().cleanup()
+
+
+def test_what_is_reset_meanwhile_is_not_said_to_be_lost(
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.apply("x", source, world.base("t", {"a": "base"}))
+    genuine = mountinfo.read
+    other = once(lambda: World().manager().reset("x", 0))
+
+    def and_first_it_changes(process: str = "self") -> mountinfo.Table:
+        monkeypatch.undo()
+        other()
+        return genuine(process)
+
+    monkeypatch.setattr(mountinfo, "read", and_first_it_changes)
+    assert world.manager().cleanup(dry_run=True) == []
+    assert mountinfo.read is genuine, "it was read"
 
 
 def test_process_that_stays_hears_what_others_do(world: World, source: Path) -> None:

@@ -314,6 +314,19 @@ def test_orphan_that_is_in_use_stays_and_cleanup_says_so(world: World) -> None:
     assert world.leftovers() == []
 
 
+def test_orphan_that_another_command_has_is_left_to_that(world: World) -> None:
+    base = world.base("app", FILES)
+    overlay = world.apply("fix", world.source("s", NEW), base)
+    empty(RECORDS / f"{overlay.record.uuid}.json")
+    lock = Store(world.warnings.append).try_lock(overlay.record.uuid)
+    assert lock is not None
+    assert [action.kind for action in world.manager().cleanup()] == ["quarantine"]
+    assert (base / "a").read_text() == "new a"
+    lock.release()
+    assert [action.kind for action in world.manager().cleanup()] == ["orphan"]
+    assert world.leftovers() == []
+
+
 def test_orphan_beneath_the_mount_of_somebody_else_is_left_alone(world: World) -> None:
     base = world.base("app", FILES)
     overlay = world.apply("fix", world.source("s", NEW), base)

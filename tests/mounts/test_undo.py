@@ -236,3 +236,12 @@ def test_killed_within_the_first_command_of_a_boot_the_next_begins_anew(world: W
         RUN.rmdir()
         number += 1
     assert number > 20
+
+
+def test_what_was_cut_short_is_not_said_to_be_lost(world: World) -> None:
+    base = world.base("app", FILES)
+    source = world.source("s", SOURCE)
+    run_and_die_at(world, 5, None, lambda m: CASES["apply"][1](m, source, base))
+    assert [action.kind for action in world.manager().cleanup(dry_run=True)] == ["unfinished"]
+    assert [action.kind for action in world.manager().cleanup()] == ["unfinished"]
+    assert world.leftovers() == []
