@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import subprocess
@@ -66,8 +65,8 @@ def _become(arguments: Sequence[str | Path], without: Callable[[], object], time
         signal.alarm(timeout)
         sys.argv = ["overlayd", *map(str, arguments), "--config", str(EMPTY_CONFIG)]
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         without()
         cli.main()
         code = 0
@@ -77,6 +76,10 @@ def _become(arguments: Sequence[str | Path], without: Callable[[], object], time
         with contextlib.suppress(BaseException):
             traceback.print_exc()
         code = 1
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = code or 120  # as an interpreter does at its end
     finally:
         os._exit(code)
 
