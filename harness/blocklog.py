@@ -182,7 +182,7 @@ def exported(image: Path, log: Path, *, binary: str = DAEMON) -> Iterator[Path]:
     place = image.with_name(f"{image.name}.exported")
     for file in (log, place):
         file.write_bytes(b"")
-    noting = f"driver=blklogwrites,node-name=noted,file=disk,log=log,log-sector-size={SECTOR}"
+    noting = "driver=blklogwrites,node-name=noted,file=disk,log=log"
     command = [
         *("setpriv", "--pdeathsig", "KILL", "--", binary),
         *("--blockdev", f"driver=file,node-name=disk,filename={image},cache.no-flush=on"),

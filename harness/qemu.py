@@ -61,12 +61,17 @@ _ACCELERATOR: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """One virtio disk; *serial* names it in ``/dev/disk/by-id/virtio-SERIAL``."""
+    """One virtio disk; *serial* names it in ``/dev/disk/by-id/virtio-SERIAL``.
+
+    Every write to it and every flush is noted in the file *log*, which is there, for
+    :mod:`harness.blocklog`.
+    """
 
     path: Path
     format: str = "qcow2"
     serial: str = ""
     read_only: bool = False
+    log: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +160,9 @@ def shape(spec: Spec) -> str:
         spec,
         kernel=Path("kernel"),
         initrd=spec.initrd and Path("initrd"),
-        disks=tuple(replace(disk, path=Path("disk"), format="qcow2") for disk in spec.disks),
+        disks=tuple(
+            replace(disk, path=Path("disk"), format="qcow2", log=None) for disk in spec.disks
+        ),
         name="machine",
         reboot=True,
         memory_file=None,
@@ -179,10 +186,13 @@ def _disk(number: int, disk: Disk) -> list[str]:
     # What the guest flushes is handed to the host's kernel, which outlives QEMU; it need not get
     # to the host's disk (no-flush), since it is QEMU that a power cut ends and not the host.
     node = [
-        *(f"driver={disk.format}", f"node-name=disk{number}"),
-        *("file.driver=file", f"file.filename={_escaped(str(disk.path))}"),
-        *("discard=unmap", "cache.no-flush=on"),
+        *(f"driver={disk.format}", "file.driver=file"),
+        *(f"file.filename={_escaped(str(disk.path))}", "discard=unmap", "cache.no-flush=on"),
     ]
+    if disk.log is not None:
+        log = f"log.driver=file,log.filename={_escaped(str(disk.log))},log.cache.no-flush=on"
+        node = ["driver=blklogwrites", log, *(f"file.{option}" for option in node)]
+    node.insert(1, f"node-name=disk{number}")
     device = ["virtio-blk-pci", f"drive=disk{number}"]
     if disk.read_only:
         node.append("read-only=on")

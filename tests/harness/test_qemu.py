@@ -81,6 +81,26 @@ def test_each_disk_has_its_node_in_order() -> None:
     assert values(qemu.argv(read_only), "-blockdev")[0].endswith(",read-only=on")
 
 
+def test_writes_to_a_disk_are_noted_below_what_the_machine_sees() -> None:
+    log = Path("/l,1/log")
+    noted = replace(SPEC, disks=(replace(SPEC.disks[0], log=log), SPEC.disks[1]))
+    one, two = (value.split(",file.") for value in values(qemu.argv(noted), "-blockdev"))
+    assert one[0] == (
+        "driver=blklogwrites,node-name=disk0,log.driver=file,log.filename=/l,,1/log,"
+        "log.cache.no-flush=on"
+    )
+    # The node that notes is told of flushes, what is below it need not be.
+    assert one[1:] == [
+        "driver=qcow2",
+        "file.driver=file",
+        "file.filename=/d/one.qcow2",
+        "discard=unmap",
+        "cache.no-flush=on",
+    ]
+    assert two[0] == "driver=raw,node-name=disk1"
+    assert qemu.shape(noted) == qemu.shape(SPEC)
+
+
 def test_memory_is_anonymous_shared_or_private() -> None:
     (anonymous,) = (one for one in values(qemu.argv(SPEC), "-object") if "id=ram" in one)
     assert anonymous == "memory-backend-ram,id=ram,size=1024M"

@@ -19,7 +19,14 @@ import sys
 import time
 
 RECORDS = "/run/overlayd/records/*.json"
-SYSCALLS = {"rename": 82, "sendfile": 40, "umount2": 166, "move_mount": 429, "fsmount": 432}
+SYSCALLS = {
+    "sendfile": 40,
+    "fdatasync": 75,
+    "rename": 82,
+    "umount2": 166,
+    "move_mount": 429,
+    "fsmount": 432,
+}
 """Their numbers on x86-64."""
 
 # <linux/ptrace.h>, <linux/seccomp.h>, <linux/filter.h>
