@@ -235,7 +235,7 @@ def test_world_moves_during_a_command(proof: Proof, meddle: Meddle) -> None:
             for way in WAYS if proof.whole and case.startswith("reset") else (None,):
                 for point in range(points(case, shared=shared)):
                     number += 1
-                    if chosen(number, proof, 12):
+                    if chosen(number, proof, 20):
                         proof.count(meddled_at(case, point, meddle, shared=shared, way=way))
     assert proof.tried
 
@@ -247,7 +247,7 @@ def test_world_moves_between_commands(proof: Proof, meddle: Meddle) -> None:
     for shared in (False, True):
         for name, work in BETWEEN.items():
             number += 1
-            if not chosen(number, proof, 6):
+            if not chosen(number, proof, 8):
                 continue
             scene = stage("a" if "file" in name else "", shared=shared, present=True)
             context = (name, meddle.__name__, shared)
