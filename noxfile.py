@@ -112,19 +112,49 @@ def proof(session: nox.Session) -> None:
         session.error("needs root, as the tests do")
     have(session, BUS_PROGRAMS)
     install_project(session, *TESTS, *FAULTS)
+    install_fuzzer(session)
     RESULTS.mkdir(exist_ok=True)
     tried = RESULTS / "tried.jsonl"
     tried.unlink(missing_ok=True)
-    whole = ("--whole", f"--tried={tried}")
-    # What does not hold is on the page as well.
-    session.run("pytest", "-n", "auto", "tests/crash", *whole, *session.posargs, success_codes=[0, 1])
+    add = f"--tried={tried}"
+    minutes = [*session.posargs] or ["--minutes=10"]
+    for what in (
+        ("pytest", "-n", "auto", "tests/crash", "--whole", add),
+        ("python", "-m", "tests.crash.mutants", add),
+        ("python", "-m", "tests.crash.fuzz", add, *minutes),
+        ("python", "-m", "tests.crash.soak", *minutes, f"--out={RESULTS}/soak.svg"),
+    ):
+        # What does not hold is on the page as well.
+        session.run(*what, success_codes=[0, 1])
     session.run("python", "-m", "tests.crash.page", str(tried), "docs/proof.md")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz all that reads what others wrote, led by coverage (-- --minutes=N TARGET...)."""
+    install_project(session, *TESTS)
+    install_fuzzer(session)
+    session.run("python", "-m", "tests.crash.fuzz", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Use overlays for long and see that nothing grows (-- --minutes=N); draws build/soak.svg."""
+    if os.geteuid() != 0:
+        session.error("needs root, to mount overlays in a mount namespace of its own")
+    have(session, BUS_PROGRAMS)
+    install_project(session, *TESTS)
+    RESULTS.mkdir(exist_ok=True)
+    out = f"--out={RESULTS}/soak.svg"
+    session.run("python", "-m", "tests.crash.soak", out, *session.posargs)
 
 
 @nox.session
 def kernels(session: nox.Session) -> None:
     """Test real overlays on bare kernels (-- --kernel=6.1,6.12,unstable --accel=… TESTS)."""
     options = [word for word in session.posargs if word.startswith(("--kernel=", "--accel="))]
+    if not any(word.startswith("--kernel=") for word in options):
+        options.append("--kernel=6.1,unstable")  # Debian 13's, between them, is that of 'system'
     tests = [word for word in session.posargs if word not in options] or [*KERNEL_TESTS]
     project = nox.project.load_toml("pyproject.toml")["project"]
     libraries = Path(session.create_tmp(), "libraries")
@@ -264,6 +294,12 @@ def install_project(session: nox.Session, *requirements: str) -> None:
     """Install the checkout in place, without a build environment that is made anew each time."""
     session.install(*nox.project.load_toml("pyproject.toml")["build-system"]["requires"])
     session.install("--no-build-isolation", "--editable", ".", *requirements)
+
+
+def install_fuzzer(session: nox.Session) -> None:
+    """Install atheris where there is a wheel of it; tests/crash/fuzz.py can do without."""
+    pip = ("python", "-m", "pip", "install", "--quiet", "--only-binary=:all:")
+    session.run(*pip, "atheris>=3", success_codes=[0, 1])
 
 
 def run_tests(session: nox.Session, directory: str) -> None:
