@@ -132,6 +132,8 @@ def proof(session: nox.Session) -> None:
 @nox.session
 def fuzz(session: nox.Session) -> None:
     """Fuzz all that reads what others wrote, led by coverage (-- --minutes=N TARGET...)."""
+    if os.geteuid() != 0:
+        session.error("needs root, for a mount namespace and a jail of its own")
     install_project(session, *TESTS)
     install_fuzzer(session)
     session.run("python", "-m", "tests.crash.fuzz", *session.posargs)
