@@ -173,7 +173,7 @@ def user_of_the_bus() -> Callable[[], None]:
         for version in (1, 0):
             assert not alice.reset("hers", version).error
         assert not alice.remove("hers").error
-        time.sleep(0.03)
+        time.sleep(0.005)
 
     return cycle
 
