@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import overlayfs, targets
+from overlayd import overlayfs, syscalls, targets
 from overlayd.errors import (
     BusyError,
     ExistsError,
@@ -378,15 +378,19 @@ def before(step: str, work: Callable[[], object]) -> Callable[[str, Operation], 
 
 
 def test_target_moved_at_the_last_moment_is_refused_and_nothing_stays_where_it_went(
-    world: World, source: Path
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = world.base("app", {"a": "a"})
+    genuine = syscalls.move_mount
 
-    def move() -> None:
+    def and_first_it_moves(mount_fd: int, place_fd: int, flags: int = 0) -> None:
         base.rename(PLAY / "moved")
         base.mkdir()
+        genuine(mount_fd, place_fd, flags)
 
-    trace = before("Attach", move)
+    trace = before(
+        "Attach", lambda: monkeypatch.setattr(syscalls, "move_mount", and_first_it_moves)
+    )
     with pytest.raises(BusyError, match="changed while it was looked at"):
         world.apply("fix", source, base, manager=world.manager(trace=trace))
     assert not read().tagged
