@@ -137,9 +137,9 @@ def test_package_is_upgraded_under_commands(fresh: Guest, package: Path) -> None
 
 
 @pytest.mark.needs(Capability.OWN_CLOCK)
-def test_clock_is_stepped_under_commands(fresh: Guest) -> None:
+def test_clock_is_stepped_under_commands(fresh: Guest, rounds: int) -> None:
     now = int(fresh.sh("date +%s; timedatectl set-ntp false 2>/dev/null || true"))
-    for years in (20, -20):
+    for years in (-20,) if fresh.emulated and rounds == 1 else (20, -20):
         middle = Held(fresh)
         fresh.sh(f"date --set=@{now + years * 31_556_952}")
         let_go(middle)
