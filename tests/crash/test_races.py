@@ -46,6 +46,9 @@ class Other:
             os.close(writing)
             return cls(pid, reading)
         said = "done"
+        # A lock is its description's, which the child would share.
+        os.closerange(3, writing)
+        os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
         try:
             work()
         except OverlaydError as error:
