@@ -114,8 +114,10 @@ def _settle_one(store: Store, record: Record, table: Table) -> list[str]:
         if old:
             store.write(record.with_(phase=Phase.ACTIVE))
             return [f"{record.name}: its removal had not begun; it stays"]
+        stored = os.path.exists(storage_path(record.uuid))
         _forget(store, record)
-        return [f"{record.name}: finished its removal"]
+        # Without storage whoever removes it may be at work still, and about to do the same.
+        return [f"{record.name}: finished its removal"] if stored else []
     if record.pending is None:
         return []
     new = devices - {tree.st_dev if tree is not None else 0}

@@ -355,6 +355,8 @@ def test_command_that_waits_hears_at_once_that_the_overlay_is_gone(world: World)
         with pytest.raises(NotFoundError):
             Store(world.warnings.append).lock(record)
         assert time.monotonic() - started < 1
+        assert world.manager().list() == []
+        assert world.warnings == [], "nothing was cut short"
 
 
 BESIDE_CLEANUP: dict[str, Callable[[Manager, Path], object]] = {
