@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from overlayd import syscalls as sc
@@ -15,7 +16,6 @@ from tests.mounts.conftest import mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 # <linux/loop.h>
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
@@ -27,7 +27,7 @@ _CONFIG: Final = struct.Struct("<II52xI176x64x")
 
 @contextlib.contextmanager
 def mounted(file: Path, target: Path) -> Iterator[None]:
-    """Mount the ext4 in *file* on *target* for the block."""
+    """Mount the ext4 in *file* on *target* for the block, at whose end it has found no error."""
     number, device = _attached(file)
     try:
         mount(f"/dev/loop{number}", target, "ext4", flags=MS_NOATIME)
@@ -35,6 +35,8 @@ def mounted(file: Path, target: Path) -> Iterator[None]:
         os.close(device)
     try:
         yield
+        errors = Path(f"/sys/fs/ext4/loop{number}/errors_count").read_text()
+        assert errors == "0\n", "the kernel's log says what ext4 has found"
     finally:
         sc.umount2(str(target))
 
