@@ -49,6 +49,11 @@ BUS_PROGRAMS = {
     "nm": "binutils",
     "su": "util-linux",
 }
+CRASH_PROGRAMS = BUS_PROGRAMS | {
+    "prlimit": "util-linux",
+    "qemu-storage-daemon": "qemu-utils",
+    "mkfs.ext4": "e2fsprogs",
+}
 # What may differ from kernel to kernel; `nox -s kernels -- tests/mounts` runs everything.
 KERNEL_TESTS = (
     *(f"tests/mounts/test_{name}.py" for name in ("exchange", "crash", "busy", "namespaces")),
@@ -98,7 +103,7 @@ def crash(session: nox.Session) -> None:
     """Throw faults of every kind at real overlays, in a quick form (-- --whole --seed=N)."""
     if os.geteuid() != 0:
         session.skip("needs root, to kill what mounts overlays in namespaces of its own")
-    have(session, BUS_PROGRAMS)
+    have(session, CRASH_PROGRAMS)
     install_project(session, *TESTS, *FAULTS)
     named = any((ROOT / argument.split("::")[0]).exists() for argument in session.posargs)
     # No coverage: it slows down what is killed some thousand times.
@@ -110,7 +115,7 @@ def proof(session: nox.Session) -> None:
     """Try every fault there is and write docs/proof.md of it (-- --minutes=N); takes hours."""
     if os.geteuid() != 0:
         session.error("needs root, as the tests do")
-    have(session, BUS_PROGRAMS)
+    have(session, CRASH_PROGRAMS)
     install_project(session, *TESTS, *FAULTS)
     install_fuzzer(session)
     RESULTS.mkdir(exist_ok=True)

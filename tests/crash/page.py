@@ -65,7 +65,9 @@ def _row(fault: str, cases: Sequence[dict[str, object]]) -> str:
     seeds = sorted({str(case["seed"]) for case in cases if case["seed"] is not None})
     figures = f"{total('tried'):,.0f} | {total('held'):,.0f}"
     some = "" if all(case["whole"] for case in cases) else " (quick form)"
-    return f"| {fault}{some} | {figures} | {', '.join(seeds) or 'all'} | {total('seconds'):,.0f} |\n"
+    return (
+        f"| {fault}{some} | {figures} | {', '.join(seeds) or 'all'} | {total('seconds'):,.0f} |\n"
+    )
 
 
 if __name__ == "__main__":
