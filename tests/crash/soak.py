@@ -93,9 +93,11 @@ class Worker:
         self._rest, resting = os.pipe()
 
         def work() -> None:
+            os.close(self._wake)  # or the end of whoever wakes it would not be noticed
+            os.close(self._rest)
             cycle = begin()
             os.write(resting, b"0")
-            while (seconds := os.read(waking, 20)) != _END:
+            while (seconds := os.read(waking, 20)) not in {_END, b""}:
                 count, until = 0, time.monotonic() + float(seconds)
                 while not count or time.monotonic() < until:
                     cycle()
