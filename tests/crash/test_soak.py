@@ -106,4 +106,3 @@ def test_soak_finds_a_leak() -> None:
     done = run_soak(_QUICK, "--leak")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "soak: manager: descriptors grows" in done.stdout
-    assert done.stdout.count("GROWS") == 1, done.stdout
