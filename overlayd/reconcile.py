@@ -96,6 +96,8 @@ def cut_short(store: Store) -> list[str]:
 
 def _drop_orphan(store: Store, uuid: str, table: Table) -> list[str]:
     """Unmount storage that no record speaks for, unless an overlay still shows it."""
+    if not os.path.exists(storage_path(uuid)):
+        return []  # both went a moment ago
     if uuid in table.tagged:
         return []  # the record was lost, the overlay was not: cleanup's business
     store.unstage(uuid)

@@ -359,6 +359,23 @@ def test_command_that_waits_hears_at_once_that_the_overlay_is_gone(world: World)
         assert world.warnings == [], "nothing was cut short"
 
 
+def test_overlay_that_goes_while_others_look_is_nothing_left_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.apply("x", world.source("s", {"a": "new"}), world.base("t", {"a": "base"}))
+    (record,) = Store(world.warnings.append).records()
+    genuine = Store.storages
+
+    def and_then_it_goes(looking: Store) -> list[str]:
+        Store(world.warnings.append).drop(record.uuid)
+        return genuine(looking)
+
+    with halted_before("Retire", lambda m: m.remove("x")):
+        monkeypatch.setattr(Store, "storages", and_then_it_goes)
+        assert world.manager().list() == []
+    assert world.warnings == []
+
+
 BESIDE_CLEANUP: dict[str, Callable[[Manager, Path], object]] = {
     "apply": lambda m, source: m.apply(Request("y", str(source), str(PLAY / "other")), Progress()),
     "reset": lambda m, _: m.reset("x", 0),
