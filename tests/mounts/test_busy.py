@@ -15,12 +15,16 @@ import pytest
 
 from overlayd import holders, mountinfo, syscalls
 from overlayd.errors import BusyError, NotFoundError
+from overlayd.model import Request
+from overlayd.progress import Progress
 from tests.mounts.conftest import PLAY, ROOT, RUN, bind, mount, snapshot
 from tests.mounts.processes import child, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from overlayd.executor import Operation
+    from overlayd.manager import Manager
     from tests.mounts.conftest import World
 
 FILES = {"a": "base a", "sub/b": "base b"}
@@ -446,6 +450,45 @@ def test_overlay_that_somebody_unmounted_is_lost_and_can_be_tidied_up(
         world.manager().remove("fix", lazy=tidy == "lazy remove")
     assert states(world) == []
     assert snapshot(base) == before
+    assert world.leftovers() == []
+
+
+def apply_fix(manager: Manager) -> object:
+    return manager.apply(Request("fix", "/run/sources/s", str(PLAY / "app")), Progress())
+
+
+LAST_MOMENT: dict[str, tuple[bool, str, Callable[[Manager], object]]] = {
+    "Attach": (False, "sub", apply_fix),
+    "Attach over": (False, "", apply_fix),
+    "PutBeneath": (True, "", lambda m: m.reset("fix", 0)),
+    "DetachOld": (True, "", lambda m: m.reset("fix", 0)),
+    "Detach": (True, "", lambda m: m.remove("fix", lazy=True)),
+}
+
+
+@pytest.mark.parametrize("step", LAST_MOMENT)
+def test_mount_of_others_that_comes_at_the_last_moment_stays(world: World, step: str) -> None:
+    present, where, work = LAST_MOMENT[step]
+    base = world.base("app", FILES)
+    world.source("s", NEW)
+    if present:
+        apply_fix(world.manager())
+
+    def trace(when: str, operation: Operation) -> None:
+        if when == "before" and type(operation).__name__ == step.split(maxsplit=1)[0]:
+            mount("theirs", base / where, "tmpfs")
+            (base / where / "theirs").touch()
+
+    with pytest.raises(BusyError):
+        work(world.manager(trace=trace))
+    world.manager().list()
+    assert (base / where / "theirs").exists()
+    (place,) = [m for m in mountinfo.read() if m.source == "theirs"]
+    assert place.mount_point == str(base / where)
+    subprocess.run(["umount", base / where], check=True)
+    world.check_invariants()
+    if present:
+        world.manager().remove("fix")
     assert world.leftovers() == []
 
 
