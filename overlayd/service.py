@@ -56,7 +56,10 @@ _MAX_UNKNOWN: Final = 64
 """Calls of one caller that wait until it is known who that is."""
 _FAILED: Final = "org.freedesktop.DBus.Error."
 _M_ARENA_MAX: Final = -8
+_M_MMAP_THRESHOLD: Final = -3
 """From ``malloc.h``."""
+_LARGE: Final = 64 << 10
+"""Bytes from which on memory is given back as soon as it is free."""
 
 
 class Service:
@@ -296,14 +299,17 @@ def _on_bus(name: str, signature: str, body: tuple[object, ...]) -> Message:
     return new_method_call(BUS, name, signature, body)
 
 
-def _keep_one_arena() -> None:
-    """Let all threads allocate from the same memory.
+def _keep_memory_whole() -> None:
+    """Let all threads allocate from the same memory, and what is large beside it.
 
     Each change has a thread of its own; glibc would give those arenas of their own, in which the
-    holes grow by some hundred bytes with every call.
+    holes grow by some hundred bytes with every call.  So they would by the buffers that the mount
+    table is read into, once glibc has learnt from the first of them that such are frequent.
     """
     with contextlib.suppress(AttributeError):  # other libraries have no arenas
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -312,7 +318,7 @@ def main(argv: Sequence[str]) -> int:
     One argument may say after how many seconds without a call it ends.
     """
     os.umask(0o077)
-    _keep_one_arena()
+    _keep_memory_whole()
     try:
         idle = float(argv[0]) if argv else IDLE
         service = Service(Connection(), idle=idle)
