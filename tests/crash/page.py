@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _HEAD: Final = """\
 <!-- SPDX-License-Identifier: LGPL-2.1-or-later -->
-<!-- Written by 'nox -s proof'; figures come from a run, so change nothing by hand. -->
+<!-- Written by tests/crash/page.py ('nox -s proof'); figures come from a run: change nothing. -->
 # Proof
 
 After any fault each overlay is wholly there or wholly gone, the base is untouched, the next command
-works, and nobody else's overlay moved. What was done to that sentence by `nox -s proof`, on the
+works, and nobody else's overlay moved. What was done to that sentence, on the
 code of {date} ({commit}), Linux {kernel}, {cpus} processors, {hours}:
 
 | fault | tried | held | seed | seconds |
