@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -105,9 +106,8 @@ def crash(session: nox.Session) -> None:
         session.skip("needs root, to kill what mounts overlays in namespaces of its own")
     have(session, CRASH_PROGRAMS)
     install_project(session, *TESTS, *FAULTS)
-    named = any((ROOT / argument.split("::")[0]).exists() for argument in session.posargs)
     # No coverage: it slows down what is killed some thousand times.
-    session.run("pytest", "-n", "auto", *([] if named else ["tests/crash"]), *session.posargs)
+    session.run("pytest", "-n", "auto", *tests_or(["tests/crash"], session.posargs))
 
 
 @nox.session
@@ -278,15 +278,19 @@ def run_system_tests(session: nox.Session, *arguments: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     records = RESULTS / "system.jsonl"
     records.unlink(missing_ok=True)
-    named = any((ROOT / argument.split("::")[0]).exists() for argument in arguments)
     session.run(
         *("pytest", "-p", "harness.plugin", "-n", "auto"),
         *(f"--junitxml={RESULTS}/system.xml", f"--html-report={RESULTS}/system.html"),
         f"--records={records}",
         *("-o", "harness_command=./nox -R -s system --"),
-        *([] if named else ["tests/system"]),
-        *arguments,
+        *tests_or(["tests/system"], arguments),
     )
+
+
+def tests_or(default: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Return *arguments* of pytest, after the *default* tests if they name none."""
+    named = any((ROOT / argument.split("::")[0]).exists() for argument in arguments)
+    return [*([] if named else default), *arguments]
 
 
 def run_machines(session: nox.Session, what: str) -> None:
