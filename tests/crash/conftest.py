@@ -8,7 +8,6 @@ a line of JSON for each kind of fault goes to a file, of which ``docs/proof.md``
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import pytest
 from tests.bus.conftest import MARK, Bus, bus, furnish  # noqa: F401  # a fixture
 from tests.crash import tracing
 from tests.crash.private_scenes import Users
+from tests.crash.tried import Tried
 from tests.mounts.conftest import either_world, enter_new_world, world  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:
@@ -69,22 +69,20 @@ def proof(request: pytest.FixtureRequest) -> Iterator[Proof]:
     held = request.node.stash.get(_REPORT, False)
     if made.tried:
         case = request.node.name.partition("[")[2].rstrip("]")
-        line = {
-            "fault": made.fault,
-            "case": case,
-            "tried": made.tried,
-            "held": made.tried if held else made.tried - 1,
-            "seed": made.seed if made.random else None,
-            "seconds": round(time.monotonic() - start, 1),
-            "whole": made.whole,
-            "remarks": made.remarks,
-        }
+        tried = Tried(
+            fault=made.fault,
+            case=case,
+            tried=made.tried,
+            held=made.tried if held else made.tried - 1,
+            seed=made.seed if made.random else None,
+            seconds=time.monotonic() - start,
+            whole=made.whole,
+            remarks=made.remarks,
+        )
         text = ", ".join([f"{made.tried} tried", *made.remarks])
         request.node.add_report_section("call", "tried", text)
         if option.tried:
-            fd = os.open(option.tried, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.write(fd, json.dumps(line).encode() + b"\n")
-            os.close(fd)
+            tried.add(option.tried)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -25,6 +24,8 @@ import time
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Final
+
+from tests.crash.tried import Tried
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,19 +110,17 @@ def _fuzz(name: str, options: argparse.Namespace, minutes: float) -> bool:
 def _report(
     options: argparse.Namespace, name: str, tried: int, seconds: float, *, held: bool
 ) -> None:
-    """Add what was tried to a file, in the form of the fixture ``proof``."""
-    line = {
-        "fault": "Inputs found by coverage or chance",
-        "case": name,
-        "tried": tried,
-        "held": tried if held else tried - 1,
-        "seed": options.seed,
-        "seconds": round(seconds, 1),
-        "whole": True,
-        "remarks": [f"{tried / seconds:.0f} inputs a second"],
-    }
-    with open(options.tried, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add what was tried to a file."""
+    Tried(
+        fault="Inputs found by coverage or chance",
+        case=name,
+        tried=tried,
+        held=tried if held else tried - 1,
+        seed=options.seed,
+        seconds=seconds,
+        whole=True,
+        remarks=[f"{tried / seconds:.0f} inputs a second"],
+    ).add(options.tried)
 
 
 def _crashes(name: str) -> set[str]:

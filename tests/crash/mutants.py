@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -27,6 +26,8 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from tests.crash.tried import Tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -182,18 +183,16 @@ def try_all(mutants: Sequence[Mutant], file: str) -> bool:
     remark = f"{killed} of {len(mutants)} killed"
     _say(f"{remark}, survived: {survivors}, errors: {errors}, {seconds:.0f} s")
     if file:
-        line = {
-            "fault": FAULT,
-            "case": "",
-            "tried": len(mutants),
-            "held": killed,
-            "seed": None,
-            "seconds": round(seconds, 1),
-            "whole": True,
-            "remarks": [remark],
-        }
-        with open(file, "a", encoding="utf-8") as sums:
-            sums.write(json.dumps(line) + "\n")
+        Tried(
+            fault=FAULT,
+            case="",
+            tried=len(mutants),
+            held=killed,
+            seed=None,
+            seconds=seconds,
+            whole=True,
+            remarks=[remark],
+        ).add(file)
     return not survivors and not errors
 
 
