@@ -153,6 +153,15 @@ class Scene:
     arguments: tuple[str, ...]
     prepare: Callable[[Users], object] = lambda _users: None
 
+    def extent(self, users: Users) -> tuple[View, View, list[Point]]:
+        """Return what alice sees before and after the command, and its points."""
+        users.clear()
+        self.prepare(users)
+        before = users.view()
+        whole = self.run(users)
+        assert whole.code == 0, whole.said
+        return before, users.view(), whole.points
+
     def run(self, users: Users, act: Callable[[Point], Act] = tracing.nothing) -> Outcome:
         """Run the command in a child."""
         words = {"SOURCE": users.source, "BASE": users.root}

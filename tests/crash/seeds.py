@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 from jeepney import DBusAddress, HeaderFields, new_method_call
 from jeepney.low_level import Endianness, parse_signature
 
-from overlayd import config, history, interface, records, stream, wire
+from overlayd import config, interface, records, stream, wire
 from overlayd.model import Layer, Options, Phase, Scope, SourceKind, Tree
 from overlayd.stream import Entry, Header, Type
 from tests.unit.conftest import UUID, make_overlay, make_record
+from tests.unit.histories import attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -306,25 +307,7 @@ def any_stream(random: Random) -> bytes:
 # -- messages --------------------------------------------------------------------------------------
 
 SENDER: Final = ":1.7"
-_ATTEMPT: Final = history.Attempt(
-    at=1.5,
-    uid=0,
-    session_id=3,
-    pid=7,
-    via="bus",
-    verb="apply",
-    name="fix",
-    target="/usr/a",
-    source="/a",
-    uuid=UUID,
-    allowed=True,
-    rule="root",
-    digest="",
-    outcome=history.DONE,
-    message="",
-    seconds=0.5,
-    login_uid=None,
-)
+_ATTEMPT: Final = attempt(via="bus", uuid=UUID, login_uid=None)
 _OVERLAY: Final = f"{interface.OVERLAYS}/{UUID.replace('-', '_')}"
 _PATHS: Final = ("/", wire.PATH, interface.OVERLAYS, _OVERLAY, "/org", "/x")
 _SIGNATURES: Final = (

@@ -15,6 +15,7 @@ import pytest
 from overlayd.errors import OverlaydError
 from overlayd.model import Request
 from overlayd.progress import Progress
+from tests.crash.forked import forked
 from tests.crash.scenes import Stage
 from tests.mounts.conftest import PLAY, SOURCES, tree
 
@@ -42,22 +43,23 @@ class Other:
     def begin(cls, work: Callable[[], object]) -> Other:
         """Do *work* in a child."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
-        if pid := os.fork():
-            os.close(writing)
-            return cls(pid, reading)
-        said = "done"
-        # A lock is its description's, which the child would share.
-        os.closerange(3, writing)
-        os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
-        try:
-            work()
-        except OverlaydError as error:
-            said = error.code
-        except BaseException as error:  # noqa: BLE001  # it is told, and the child ends
-            said = repr(error)
-        finally:
+
+        def told() -> None:
+            said = "done"
+            # A lock is its description's, which the child would share.
+            os.closerange(3, writing)
+            os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
+            try:
+                work()
+            except OverlaydError as error:
+                said = error.code
+            except BaseException as error:  # noqa: BLE001  # it is told
+                said = repr(error)
             os.write(writing, json.dumps(said).encode())
-            os._exit(0)
+
+        pid = forked(told)
+        os.close(writing)
+        return cls(pid, reading)
 
     def ended(self, seconds: float) -> bool:
         """Whether it ends within some seconds."""

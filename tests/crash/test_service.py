@@ -18,6 +18,7 @@ from jeepney import DBusAddress, new_method_call
 from overlayd import service, wire
 from tests.bus.peer import Answer, Peer
 from tests.crash import tracing
+from tests.crash.forked import forked
 from tests.crash.scenes import Stage
 from tests.crash.tracing import Do
 
@@ -58,17 +59,17 @@ CALLED: Final = {
 def ask(called: Called, stage: Stage) -> int:
     """Call once there is a service, in a child; return where it tells the error, if any."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    if os.fork():
-        os.close(writing)
-        return reading
-    try:
+
+    def told() -> None:
         with contextlib.suppress(TimeoutError, OSError), Peer("alice") as alice:
             owned = new_method_call(_BUS, "NameHasOwner", "s", (wire.NAME,))
             while not alice.connection.send_and_get_reply(owned).body[0]:
                 time.sleep(0.005)
             os.write(writing, json.dumps(called.call(alice, stage).error).encode())
-    finally:
-        os._exit(0)
+
+    forked(told)
+    os.close(writing)
+    return reading
 
 
 def serve(called: Called, stage: Stage, act: Callable[[Point], Act]) -> tuple[Outcome, str | None]:
