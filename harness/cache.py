@@ -184,6 +184,7 @@ class Cache:
         limit = self.limit if limit is None else limit
         if not self._entries.is_dir() or not os.access(self.root, os.W_OK):
             return ()
+        self._make_root()  # somebody may be at it just now
         removed = []
         # One at a time: two that add up the same entries would remove twice what is needed.
         with self._locked(self._locks / "prune", fcntl.LOCK_EX):

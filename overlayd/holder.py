@@ -35,7 +35,6 @@ def main(argv: Sequence[str]) -> int:
         return 2
     os.umask(0o077)
     own = json.dumps(caller.identity(os.getpid()))
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         userns.begin(others=True)
     except OverlaydError as error:
@@ -43,18 +42,20 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
     os.chdir("/")
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    new = os.open(f"{FILE}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=fd)
+    # Nothing of the directory stays open: whoever ends the session has to be able to unmount it.
+    path = f"{directory}/{FILE}"
+    new = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     os.write(new, own.encode())
     os.close(new)
-    os.rename(f"{FILE}.new", FILE, src_dir_fd=fd, dst_dir_fd=fd)
-    while signal.sigtimedwait([signal.SIGTERM], _LOOK) is None and _read(fd) == own:
+    os.rename(f"{path}.new", path)
+    while signal.sigtimedwait([signal.SIGTERM], _LOOK) is None and _read(path) == own:
         pass
     return 0
 
 
-def _read(directory: int) -> str:
+def _read(path: str) -> str:
     try:
-        file = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(file, encoding="utf-8") as text:
             return text.read()
     except OSError:  # it is gone, and so is the session

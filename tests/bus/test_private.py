@@ -258,6 +258,21 @@ def test_holder_that_is_killed_or_stopped_harms_nobody(bus: Bus) -> None:
     assert bus.leftovers() == []
 
 
+def test_end_of_the_session_can_unmount_its_directory(bus: Bus) -> None:
+    uid = USERS["alice"]
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"mode=700,uid={uid},gid={uid}", "own", ALICE.parent],
+        check=True,
+    )
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    subprocess.run(["umount", ALICE.parent], check=True)  # at once: it is not in use
+    assert eventually(lambda: holders(bus, "alice") == [], 10)
+    assert bus.leftovers() == []
+
+
 def test_files_that_the_user_forges_do_no_harm(bus: Bus) -> None:
     base = bus.base("lib", {"motd": "base"})
     source = bus.source_of("alice", "s", {"motd": "alice"})

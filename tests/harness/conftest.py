@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from harness import bare, host, kernels, qemu
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from harness.template import Template
+
+# Emulated machines run beside these tests: how long an example takes says nothing.
+hypothesis.settings.register_profile(
+    "harness", deadline=None, derandomize=bool(os.environ.get("CI"))
+)
+hypothesis.settings.load_profile("harness")
 
 
 @pytest.fixture

@@ -400,6 +400,11 @@ def test_entry_in_use_by_another_process_is_not_pruned(cache: Cache, tmp_path: P
     assert cache.list() == ()
 
 
+def test_cache_that_is_half_made_can_be_pruned(cache: Cache) -> None:
+    (cache.root / "entries").mkdir(parents=True)
+    assert cache.prune(0) == ()
+
+
 def test_users_and_pruners_do_not_race(cache: Cache, tmp_path: Path) -> None:
     """An entry a block got is whole until the block ends, whatever is pruned meanwhile."""
     stop = tmp_path / "stop"
