@@ -30,7 +30,7 @@ from overlayd import interface, wire
 from overlayd.bus import BUS, Connection, GoneError, notify
 from overlayd.calls import Call, Caller
 from overlayd.duties import Duties
-from overlayd.errors import OverlaydError
+from overlayd.errors import OverlaydError, ServiceError
 from overlayd.framing import MAX_BODY
 from overlayd.turns import Turns
 from overlayd.watcher import Watcher
@@ -71,7 +71,7 @@ class Service:
         self._idle = idle
         self._callers: dict[str, Caller] = {}
         self._unknown: dict[str, list[tuple[Incoming, Method]]] = {}
-        self._stop = False
+        self._stop = self._named = False
         self._last = time.monotonic()
         self._duties = Duties(connection)
         self._turns = Turns(self._duties.limits, connection.wake)
@@ -86,7 +86,7 @@ class Service:
     def run(self) -> None:
         """Answer calls until nobody has called for a while, or the bus is gone.
 
-        :raises OverlaydError: if the service's name cannot be had.
+        :raises OverlaydError: if the service's name cannot be had, or the bus is gone before it is.
         """
         try:
             self._bus.hello()
@@ -97,7 +97,10 @@ class Service:
             self._watcher.start()
             self._serve()
         except GoneError:
-            pass  # the bus starts it again when it is back, and somebody calls
+            # Else the bus starts it again when it is back, and somebody calls.
+            if not self._named:
+                message = "the connection to the bus broke before the service had its name"
+                raise ServiceError(message) from None
         finally:
             notify("STOPPING=1")
             self._stop_everybody()
@@ -119,6 +122,7 @@ class Service:
         if answer == [False]:
             text = f"the name {wire.NAME} cannot be had: another service has it, or a policy"
             raise OverlaydError(text)
+        self._named = True
 
     def _serve(self) -> None:
         """Answer calls; at the end lose none.

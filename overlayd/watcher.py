@@ -53,11 +53,11 @@ class Watcher(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._send = send
         self._known: dict[str, _Known] = {}
-        self._end_out, self._end_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._end_out, self._end_in = os.pipe2(os.O_CLOEXEC)
 
     def close(self) -> None:
-        """End."""
-        os.write(self._end_in, b"e")
+        """End, for good."""
+        os.close(self._end_in)  # which the other end sees
         if self.ident is not None:
             self.join(5)
 
