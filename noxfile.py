@@ -116,16 +116,18 @@ def proof(session: nox.Session) -> None:
     if os.geteuid() != 0:
         session.error("needs root, as the tests do")
     have(session, CRASH_PROGRAMS)
-    install_project(session, *TESTS, *FAULTS)
+    install_project(session, *TESTS, *MACHINES, *FAULTS)
     install_fuzzer(session)
     RESULTS.mkdir(exist_ok=True)
     tried = RESULTS / "tried.jsonl"
     tried.unlink(missing_ok=True)
     add = f"--tried={tried}"
     minutes = [*session.posargs] or ["--minutes=10"]  # of fuzzing, and of the soak
+    system = ("pytest", "-p", "harness.plugin", "-n", "auto", "tests/system", "--rounds=2", add)
     for what in (
         ("pytest", "-n", "auto", "tests/crash", "--whole", add, *minutes),
         ("python", "-m", "tests.crash.fuzz", add, *minutes),
+        (*system, "-k", "power or moves or killed"),
     ):
         # What does not hold is on the page as well.
         session.run(*what, success_codes=[0, 1])
@@ -274,7 +276,7 @@ def fresh_machine(session: nox.Session) -> None:
 
 def run_system_tests(session: nox.Session, *arguments: str) -> None:
     """Run the tests on booted images and leave their results in build/."""
-    session.install(*MACHINES)
+    session.install(*MACHINES, *FAULTS)
     RESULTS.mkdir(exist_ok=True)
     records = RESULTS / "system.jsonl"
     records.unlink(missing_ok=True)

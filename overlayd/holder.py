@@ -3,8 +3,9 @@
 
     python3 -m overlayd.holder DIRECTORY
 
-It makes them, says in DIRECTORY that it is there, and sleeps.  It ends by SIGTERM, or when that
-directory, which goes with the login session, does not name it any more.
+It makes them, says in DIRECTORY that it is there, and sleeps.  It ends by SIGTERM, when that
+directory, which goes with the login session, does not name it any more, or when somebody who
+removed /run/overlayd outside has taken the records from it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from overlayd import caller, userns
 from overlayd.errors import OverlaydError
 from overlayd.homes import FILE
+from overlayd.model import RUN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,9 +50,18 @@ def main(argv: Sequence[str]) -> int:
     os.write(new, own.encode())
     os.close(new)
     os.rename(f"{path}.new", path)
-    while signal.sigtimedwait([signal.SIGTERM], _LOOK) is None and _read(path) == own:
-        pass
+    mine = os.stat(RUN)
+    while signal.sigtimedwait([signal.SIGTERM], _LOOK) is None:
+        if _read(path) != own or not _is_there(mine):
+            break
     return 0
+
+
+def _is_there(world: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(RUN), world)
+    except OSError:
+        return False
 
 
 def _read(path: str) -> str:

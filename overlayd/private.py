@@ -77,12 +77,16 @@ class Private:
         found = self._needed(name)
         done = _inside(found, lambda: self._manager().reset(name, version, progress), progress)
         if os.geteuid() == 0 and done.record.uuid in shown.uuids():
-            overlay, mount = self._mount(found, name)
-            try:
-                shown.replace(overlay.record, mount)
-            finally:
-                os.close(mount)
+            self._show_anew(found, name)
         return done
+
+    def _show_anew(self, found: int, name: str) -> bool:
+        """Let services that start from now on see what there is; return whether they did not."""
+        overlay, mount = self._mount(found, name)
+        try:
+            return shown.replace(overlay.record, mount)
+        finally:
+            os.close(mount)
 
     def remove(self, name: str, *, lazy: bool = False, progress: Progress | None = None) -> Overlay:
         """Remove an overlay, as :meth:`Manager.remove` does; the holder goes with the last one."""
@@ -152,13 +156,28 @@ class Private:
         return done + self._withdrawn(dry_run=dry_run)
 
     def _withdrawn(self, *, dry_run: bool) -> list[Action]:
-        """Take away what services are shown of overlays that are gone."""
+        """Let services be shown what there is, where a command was killed or the holder is gone."""
         left = shown.uuids() if os.geteuid() == 0 else set()
-        if left:
-            left -= {overlay.record.uuid for overlay in self.list(draining=True)}
-        for uuid in [] if dry_run else left:
-            shown.withdraw(uuid)
-        return [Action("shown", uuid, f"what services were shown of {uuid}") for uuid in left]
+        there = {each.record.uuid: each for each in self.list(draining=True)} if left else {}
+        done = []
+        for uuid in sorted(left):
+            action = Action("shown", uuid, f"what services were shown of {uuid}")
+            if uuid not in there:
+                if not dry_run:
+                    shown.withdraw(uuid)
+                done.append(action)
+            elif not dry_run and (shown.settle(uuid) or self._is_stale(there[uuid])):
+                done.append(action)
+        return done
+
+    def _is_stale(self, overlay: Overlay) -> bool:
+        """Whether services would have seen an overlay as it was before a reset; not any more."""
+        found = self._found()
+        return (
+            found is not None
+            and overlay.state is State.ACTIVE
+            and self._show_anew(found, overlay.record.name)
+        )
 
     def describe(self, request: Request, progress: Progress) -> list[str]:
         """Say what an apply would do, having checked everything that can be checked.

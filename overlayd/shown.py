@@ -13,17 +13,19 @@ import re
 import subprocess
 from typing import TYPE_CHECKING, Final
 
-from overlayd import overlayfs
+from overlayd import locks, mountinfo, overlayfs
 from overlayd import syscalls as sys
 from overlayd.errors import NotFoundError, OverlaydError, RefusedError, from_oserror
 from overlayd.model import ROOTS, UUID, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from overlayd.model import Record
 
 PLACE: Final = f"{ROOTS}/shown"
+_LOCK: Final = f"{ROOTS}/shown.lock"
+_STAGE: Final = f"{PLACE}/stage"
 _UNITS: Final = "/run/systemd/system"
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9:_.@\\-]{0,247}\.service", re.ASCII)
 _QUOTES: Final = "\"'"
@@ -53,33 +55,89 @@ def present(record: Record, mount_fd: int, unit: str) -> None:
 
     :raises OverlaydError: and then nothing is left of it.
     """
-    try:
-        _ensure()
-        path = f"{PLACE}/{record.uuid}"
-        if record.uuid not in uuids():
-            _attach(path, mount_fd, single=bool(record.entry))
-        _write(record, path, unit)
-        _systemctl("daemon-reload")
-    except (OSError, OverlaydError) as error:
-        withdraw(record.uuid, unit)
-        if isinstance(error, OSError):
-            raise from_oserror(error, f"showing {record.name} to {unit}") from None
-        raise
+    with _locked():
+        try:
+            _ensure()
+            path = f"{PLACE}/{record.uuid}"
+            if _mounts_at(path):
+                _exchange(path, mount_fd)
+            else:
+                _attach(path, mount_fd, single=bool(record.entry))
+            _write(record, path, unit)
+            _systemctl("daemon-reload")
+        except (OSError, OverlaydError) as error:
+            _withdraw(record.uuid, unit)
+            if isinstance(error, OSError):
+                raise from_oserror(error, f"showing {record.name} to {unit}") from None
+            raise
 
 
-def replace(record: Record, mount_fd: int) -> None:
+def replace(record: Record, mount_fd: int) -> bool:
     """Let what is shown of an overlay be the mount *mount_fd*, for services that start from now on.
 
-    One that starts in this very moment may see what lies beneath both: nothing.
+    Returns whether it was another.
 
     :raises OverlaydError: if that cannot be.
     """
     path = f"{PLACE}/{record.uuid}"
+    with _locked():
+        try:
+            # One that is withdrawn meanwhile stays so.
+            return bool(_mounts_at(path)) and _exchange(path, mount_fd)
+        except OSError as error:
+            raise from_oserror(error, f"showing {record.name} to services") from None
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
     try:
-        sys.umount2(path, sys.MNT_DETACH)
-        overlayfs.attach(mount_fd, path)
+        fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise from_oserror(error, f"showing {record.name} to services") from None
+        raise from_oserror(error, f"opening {_LOCK}") from None
+    try:
+        locks.take(fd, _LOCK, "what services are shown", 2 * _PATIENCE)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _mounts_at(path: str) -> int:
+    return sum(mount.mount_point == path for mount in mountinfo.read())
+
+
+def _exchange(path: str, mount_fd: int) -> bool:
+    """Let another mount show at *path*: whoever looks sees the old one or the new one.
+
+    Returns whether it is another.
+    """
+    for _ in range(_mounts_at(path) - 1):  # an exchange that was cut short
+        sys.umount2(path, sys.MNT_DETACH)
+    if sys.statfs(path).fsid == sys.fstatfs(mount_fd).fsid:
+        return False
+    _unstage()
+    parent = os.open(PLACE, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        overlayfs.put_beneath(mount_fd, path, parent, _stage)
+    finally:
+        os.close(parent)
+    sys.umount2(path, sys.MNT_DETACH)
+    return True
+
+
+@contextlib.contextmanager
+def _stage() -> Iterator[str]:
+    os.mkdir(_STAGE, 0o700)
+    try:
+        yield _STAGE
+    finally:
+        _unstage()
+
+
+def _unstage() -> None:
+    with contextlib.suppress(OSError):
+        overlayfs.unstage(_STAGE)
+    with contextlib.suppress(OSError):
+        os.rmdir(_STAGE)
 
 
 def _ensure() -> None:
@@ -88,13 +146,12 @@ def _ensure() -> None:
         os.mkdir(PLACE, 0o700)
     fd = os.open(PLACE, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if sys.statx(fd).mount_root:
-            return
-        mount = overlayfs.make_tmpfs(_SIZE, _INODES)
-        try:
-            sys.move_mount(mount, fd)
-        finally:
-            os.close(mount)
+        if not sys.statx(fd).mount_root:
+            mount = overlayfs.make_tmpfs(_SIZE, _INODES)
+            try:
+                sys.move_mount(mount, fd)
+            finally:
+                os.close(mount)
         sys.mount_propagation(PLACE, sys.MS_PRIVATE)
     finally:
         os.close(fd)
@@ -112,12 +169,16 @@ def _attach(path: str, mount_fd: int, *, single: bool) -> None:
 def _write(record: Record, path: str, unit: str) -> None:
     key = "BindReadOnlyPaths" if record.options.read_only else "BindPaths"
     text = f"[Service]\n{key}={_quoted(path)}:{_quoted(record.mount_point)}\n"
+    new = _half_written(record.uuid)
+    with open(new, "w", encoding="utf-8", errors="surrogateescape") as out:
+        out.write(text)
     folder = f"{_UNITS}/{unit}.d"
     os.makedirs(folder, 0o755, exist_ok=True)
-    file = f"{folder}/{_PREFIX}{record.uuid}{_SUFFIX}"
-    with open(f"{file}.new", "w", encoding="utf-8", errors="surrogateescape") as out:
-        out.write(text)
-    os.rename(f"{file}.new", file)
+    os.rename(new, f"{folder}/{_PREFIX}{record.uuid}{_SUFFIX}")
+
+
+def _half_written(uuid: str) -> str:
+    return f"{_UNITS}/{_PREFIX}{uuid}.new"
 
 
 def _quoted(path: str) -> str:
@@ -158,19 +219,48 @@ def withdraw(uuid: str, unit: str | None = None) -> list[str]:
     """Show an overlay to no service any more, or not to *unit*; return which they were.
 
     A service that runs keeps it until it is started again.
+
+    :raises OverlaydError: if systemd does not take notice.
     """
+    if not os.path.isdir(ROOTS):
+        return []
+    with _locked():
+        return _withdraw(uuid, unit)
+
+
+def settle(uuid: str) -> bool:
+    """Finish what a killed command began to show, or not to show; return whether there was any.
+
+    :raises OverlaydError: if systemd does not take notice.
+    """
+    with _locked():
+        if not (there := units(uuid)):
+            _withdraw(uuid, None)
+            return True
+        if "yes" not in _systemctl("show", "--property=NeedDaemonReload", "--value", *there):
+            return False
+        _systemctl("daemon-reload")
+        return True
+
+
+def _withdraw(uuid: str, unit: str | None) -> list[str]:
     gone = [each for each in units(uuid) if unit in {None, each}]
     for each in gone:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{_UNITS}/{each}.d/{_PREFIX}{uuid}{_SUFFIX}")
+        os.unlink(f"{_UNITS}/{each}.d/{_PREFIX}{uuid}{_SUFFIX}")
         with contextlib.suppress(OSError):  # somebody else has one there
             os.rmdir(f"{_UNITS}/{each}.d")
-    if gone:
-        _systemctl("daemon-reload")
     path = f"{PLACE}/{uuid}"
-    if not units(uuid) and os.path.lexists(path):
-        with contextlib.suppress(OSError):
-            sys.umount2(path, sys.MNT_DETACH)
+    last = not units(uuid) and os.path.lexists(path)
+    if gone or last:
+        # Where a command was killed systemd may know a drop-in that is not there any more.  It
+        # has to forget it before the mount goes, or the service would not start.
+        _systemctl("daemon-reload")
+    if last:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_half_written(uuid))
+        for _ in range(_mounts_at(path)):
+            with contextlib.suppress(OSError):
+                sys.umount2(path, sys.MNT_DETACH)
         with contextlib.suppress(OSError):
             (os.rmdir if os.path.isdir(path) else os.unlink)(path)
     return gone

@@ -15,7 +15,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd import overlayfs, records
+from overlayd import locks, overlayfs, records
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError, from_oserror
 from overlayd.model import RUN, UUID, Phase, Record, not_found, shown
@@ -60,23 +60,6 @@ def _open_lock() -> int:
         fd = os.open(_LOCK, flags | os.O_CREAT, 0o600)
         os.pwrite(fd, os.urandom(7), 0)
         return fd
-
-
-def _take(fd: int, patience: float) -> None:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                message = "another command keeps the lock of all overlays"
-                hint = f"it hangs or was stopped: fuser -v {_LOCK}"
-                raise BusyError(message, hint=hint) from None
-            time.sleep(0.002)
-        except OSError as error:
-            raise from_oserror(error, f"locking {_LOCK}") from None
-        else:
-            return
 
 
 class Lock:
@@ -172,7 +155,8 @@ class Store(World):
         except OSError as error:
             raise from_oserror(error, f"opening {_LOCK}") from None
         try:
-            _take(fd, WORLD_PATIENCE if patience is None else patience)
+            waits = WORLD_PATIENCE if patience is None else patience
+            locks.take(fd, _LOCK, "all overlays", waits)
             self._lock_fd = fd
             yield
         finally:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.bus.conftest import COMMAND, PYTHON, USERS
 from tests.mounts.conftest import COMMAND as ROOTS
-from tests.mounts.conftest import SOURCES
+from tests.mounts.conftest import RUN, SOURCES
 from tests.mounts.processes import eventually
 
 if TYPE_CHECKING:
@@ -256,6 +256,18 @@ def test_holder_that_is_killed_or_stopped_harms_nobody(bus: Bus) -> None:
     for user in ("alice", "bob"):
         bus.overlayd(user, "remove", "own")
     assert bus.leftovers() == []
+
+
+def test_holder_goes_when_root_removes_the_directory_of_all_overlays(bus: Bus) -> None:
+    base = bus.base("lib", {"motd": "base"})
+    source = bus.source_of("alice", "s", {"motd": "alice"})
+    bus.overlayd("alice", "apply", "own", source, base)
+    os.rmdir(RUN)  # nobody needs it here; what lies on it elsewhere goes as well
+    RUN.mkdir(mode=0o755)
+    assert eventually(lambda: holders(bus, "alice") == [], 10)
+    bus.overlayd("alice", "apply", "own", source, base)
+    assert inside(bus, "alice", "own", f"cat {base}/motd") == "alice"
+    bus.overlayd("alice", "remove", "own")
 
 
 def test_end_of_the_session_can_unmount_its_directory(bus: Bus) -> None:

@@ -9,8 +9,6 @@ a line of JSON for each kind of fault goes to a file, of which ``docs/proof.md``
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,13 +16,11 @@ import pytest
 from tests.bus.conftest import MARK, Bus, bus, furnish  # noqa: F401  # a fixture
 from tests.crash import tracing
 from tests.crash.private_scenes import Users
-from tests.crash.tried import Tried
+from tests.crash.tried import Proof, proving, pytest_runtest_makereport  # noqa: F401  # a hook
 from tests.mounts.conftest import either_world, enter_new_world, world  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_REPORT = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,62 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tried", default="", help="file to which what was tried is added")
 
 
-@dataclass
-class Proof:
-    """What a test tried: *fault* is the kind, ``tried`` how many; ``whole`` and so on as asked."""
-
-    fault: str
-    whole: bool
-    seed: int
-    minutes: float
-    tried: int = 0
-    random: bool = False
-    """Whether the seed was used."""
-    remarks: list[str] = field(default_factory=list)
-
-    def count(self, number: int = 1) -> None:
-        """Note that so many more were tried, before it is known whether they hold."""
-        self.tried += number
-
-    def remark(self, text: str) -> None:
-        """Note something for people, such as a rate."""
-        self.remarks.append(text)
-
-
 @pytest.fixture
 def proof(request: pytest.FixtureRequest) -> Iterator[Proof]:
-    """Give what a test counts in; the kind of fault is the first line of its docstring."""
+    """Give what a test counts in."""
     option = request.config.option
-    doc = (request.function.__doc__ or request.node.name).strip().split("\n")[0]
-    made = Proof(doc.rstrip("."), option.whole, option.seed, option.minutes)
-    start = time.monotonic()
-    yield made
-    held = request.node.stash.get(_REPORT, False)
-    if made.tried:
-        case = request.node.name.partition("[")[2].rstrip("]")
-        tried = Tried(
-            fault=made.fault,
-            case=case,
-            tried=made.tried,
-            held=made.tried if held else made.tried - 1,
-            seed=made.seed if made.random else None,
-            seconds=time.monotonic() - start,
-            whole=made.whole,
-            remarks=made.remarks,
-        )
-        text = ", ".join([f"{made.tried} tried", *made.remarks])
-        request.node.add_report_section("call", "tried", text)
-        if option.tried:
-            tried.add(option.tried)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Keep whether the test held."""
-    report = yield
-    if report.when == "call":  # type: ignore[attr-defined]
-        item.stash[_REPORT] = report.passed  # type: ignore[attr-defined]
-    return report
+    yield from proving(request, whole=option.whole, seed=option.seed, minutes=option.minutes)
 
 
 @pytest.fixture

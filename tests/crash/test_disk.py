@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from harness.blocklog import Cut, Entry
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
     Names = tuple[str, ...]

@@ -19,9 +19,9 @@ from tests.crash.scenes import SCENES, Scene, Stage, View
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.crash.conftest import Proof
     from tests.crash.private_scenes import Users
     from tests.crash.tracing import Outcome, Point
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
 CLASSES: Final = (

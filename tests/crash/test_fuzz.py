@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
 
 pytestmark = pytest.mark.usefixtures("world")
 QUICK: Final = 200

@@ -15,8 +15,8 @@ from tests.crash.scenes import SCENES, Scene, Stage
 from tests.crash.tracing import Do
 
 if TYPE_CHECKING:
-    from tests.crash.conftest import Proof
     from tests.crash.private_scenes import Users
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
 _MOODS = 8

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from overlayd.executor import Operation
     from overlayd.manager import Manager
     from overlayd.overlayfs import Exchange
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
 
     Meddle = Callable[[Scene], Callable[[], object] | None]
 

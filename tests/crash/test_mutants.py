@@ -12,7 +12,7 @@ import pytest
 from tests.crash.mutants import load, workshop
 
 if TYPE_CHECKING:
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
 
 SAMPLE = 6
 

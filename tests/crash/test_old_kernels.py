@@ -16,8 +16,8 @@ from tests.crash.scenes import SCENES, Stage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.crash.conftest import Proof
     from tests.crash.tracing import Act, Point
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
 _EVERY: Final = tracing.CHANGING | tracing.LOOKING

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from overlayd.executor import Operation
     from overlayd.manager import Manager
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
 _MOMENT: Final = 0.15

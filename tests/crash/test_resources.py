@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.bus.conftest import Bus
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
     from tests.mounts.conftest import World
 
 FILES = {"a": "base a", "sub/b": "base b"}

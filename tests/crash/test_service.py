@@ -10,7 +10,6 @@ import json
 import os
 import select
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.bus.conftest import Bus
-    from tests.crash.conftest import Proof
     from tests.crash.tracing import Act, Outcome, Point
+    from tests.crash.tried import Proof
 
 _IDLE: Final = 0.2
 """Seconds without a call after which the service ends."""

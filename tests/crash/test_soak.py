@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
 
 _QUICK: Final = 0.05
 _WHOLE: Final = 10.0

@@ -25,7 +25,7 @@ from tests.crash.storming import (
 from tests.mounts.conftest import PLAY, RUN, SOURCES, World, bind, enter_new_world, mount, snapshot
 
 if TYPE_CHECKING:
-    from tests.crash.conftest import Proof
+    from tests.crash.tried import Proof
 
 _BATCH: Final = {True: 250, False: 40}
 _BATCHES: Final = {True: 8, False: 2}

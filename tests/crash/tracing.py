@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-import pytest
 from ptrace.binding import func
 
 import overlayd
@@ -120,13 +119,20 @@ class Outcome:
 
 def need() -> None:
     """Skip the test where this is no machine for it; load what a command loads late."""
+    import pytest  # noqa: PLC0415  # a machine under test has none
+
+    load()
+    if platform.machine() != "x86_64":
+        pytest.skip("numbers and registers of system calls are known for x86-64 alone")
+
+
+def load() -> None:
+    """Load what a command loads late: a child would do it each time."""
     late = ("encodings.ascii", "json", "pwd", "shutil", "sqlite3", "subprocess", "traceback")
     own = {module.name for module in pkgutil.iter_modules(overlayd.__path__)} - {"__main__"}
     for name in (*late, *(f"overlayd.{name}" for name in own)):
         importlib.import_module(name)
     codecs.lookup("ascii")
-    if platform.machine() != "x86_64":
-        pytest.skip("numbers and registers of system calls are known for x86-64 alone")
 
 
 def run(

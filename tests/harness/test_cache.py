@@ -421,9 +421,11 @@ def test_users_and_pruners_do_not_race(cache: Cache, tmp_path: Path) -> None:
     users = [spawn(program, cache.root, stop) for _ in range(3)]
     end = time.monotonic() + 20
     pruned = 0
-    while pruned < 10 and time.monotonic() < end:
-        pruned += len(cache.prune(0))
-    stop.touch()
+    try:
+        while pruned < 10 and time.monotonic() < end:
+            pruned += len(cache.prune(0))
+    finally:
+        stop.touch()
     for user in users:
         out, errors = user.communicate(timeout=20)
         assert user.returncode == 0, errors

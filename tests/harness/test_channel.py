@@ -197,6 +197,7 @@ def test_line_without_an_end_ends_the_conversation(fake: Fake) -> None:
     fake.expect("run")
     with pytest.raises(OSError, match="Broken pipe"):
         fake.say(*[b"x" * (1 << 20)] * 200)
+    eventually(lambda: raised)
     assert "no end" in str(raised[0])
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.crash.tried import Proof, proving, pytest_runtest_makereport  # noqa: F401  # a hook
 from tests.system import project
 from tests.system.guest import Guest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from harness.findings import Allow
     from harness.machine import Machine
@@ -28,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         metavar="N",
         help="how many reboots of each kind, and power cuts (two at least); 1 unless said",
+    )
+    parser.addoption(
+        "--tried", default="", metavar="FILE", help="file to which what was tried is added"
     )
 
 
@@ -81,6 +85,12 @@ def guest(machine_module: Machine) -> Guest:
 def fresh(machine: Machine) -> Guest:
     """Give a machine of the test's own."""
     return Guest(machine)
+
+
+@pytest.fixture
+def proof(request: pytest.FixtureRequest, rounds: int) -> Iterator[Proof]:
+    """Give what a test counts faults in; with more rounds than one it tries all there are."""
+    yield from proving(request, whole=rounds > 1)
 
 
 @pytest.fixture

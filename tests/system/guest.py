@@ -63,6 +63,7 @@ polkit.addRule(function(action, subject) {
 """
 # Not with overlayd: it may be what does not work.
 _TIDY: Final = r"""
+pkill -f 'm [o]verlayd[.]holder'
 findmnt -rn -t overlay -o TARGET,SOURCE | awk '$2 ~ /^overlayd:/ {print $1}' |
 while IFS= read -r target; do umount -l "$(printf '%b' "$target")"; done
 umount -R -l /run/overlayd

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.crash.tried import Proof
     from tests.system.guest import Guest
 
 BESIDE = "/usr/share/dpkg"
@@ -35,18 +36,20 @@ BESIDE = "/usr/share/dpkg"
 class Held(Middle):
     """Commands that are stopped half-way, beside an overlay that nobody touches."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, proof: Proof) -> None:
         super().__init__(guest)
         # Of one file: the call at which the copy was stopped works no more.
         self.source = guest.source("held", {"motd": "Try me.\n"})
         guest.apply("beside", self.source, BESIDE)
         self.prepare()
+        proof.fault = "A booted machine moves under commands that stand half-way"
+        proof.count(len(self.pids))
 
 
 @pytest.fixture
-def middle(fresh: Guest) -> Held:
+def middle(fresh: Guest, proof: Proof) -> Held:
     """Give commands that are stopped half-way."""
-    return Held(fresh)
+    return Held(fresh, proof)
 
 
 def let_go(middle: Held) -> None:
@@ -99,9 +102,9 @@ def test_extension_is_merged_under_commands(
 
 
 @pytest.mark.needs(Capability.OSTREE)
-def test_deployment_is_unlocked_under_commands(fresh: Guest) -> None:
+def test_deployment_is_unlocked_under_commands(fresh: Guest, proof: Proof) -> None:
     usr = fresh.usr_of_the_commit()
-    middle = Held(fresh)
+    middle = Held(fresh, proof)
     fresh.sh("ostree admin unlock")
     let_go(middle)
     assert fresh.status("beside").state == "covered"
@@ -127,20 +130,24 @@ def test_bus_polkit_and_systemd_start_anew_under_commands(fresh: Guest, middle: 
 
 @pytest.mark.once
 @pytest.mark.needs(Capability.OSTREE)
-def test_package_is_upgraded_under_commands(fresh: Guest, package: Path) -> None:  # noqa: F811
+def test_package_is_upgraded_under_commands(
+    fresh: Guest,
+    package: Path,  # noqa: F811
+    proof: Proof,
+) -> None:
     fresh.machine.copy_in(package, DEB)
     fresh.sh("ostree admin unlock >/dev/null")
-    middle = Held(fresh)
+    middle = Held(fresh, proof)
     fresh.sh(f"dpkg --install {DEB}", timeout=180)
     let_go(middle)
     come_back(fresh, worked=True)
 
 
 @pytest.mark.needs(Capability.OWN_CLOCK)
-def test_clock_is_stepped_under_commands(fresh: Guest, rounds: int) -> None:
+def test_clock_is_stepped_under_commands(fresh: Guest, rounds: int, proof: Proof) -> None:
     now = int(fresh.sh("date +%s; timedatectl set-ntp false 2>/dev/null || true"))
     for years in (-20,) if fresh.emulated and rounds == 1 else (20, -20):
-        middle = Held(fresh)
+        middle = Held(fresh, proof)
         fresh.sh(f"date --set=@{now + years * 31_556_952}")
         let_go(middle)
         assert "apply" in fresh.overlayd("history").out

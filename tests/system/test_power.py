@@ -27,6 +27,7 @@ from tests.system.test_transience import (
 )
 
 if TYPE_CHECKING:
+    from tests.crash.tried import Proof
     from tests.system.guest import Guest
 
 Names: TypeAlias = list[tuple[str, str]]
@@ -77,7 +78,10 @@ def note_some(guest: Guest, name: str) -> Names:
 
 
 @pytest.mark.needs(Capability.POWER_CUT)
-def test_power_cut_at_every_step_of_every_operation(fresh: Guest, rounds: int) -> None:
+def test_power_cut_at_every_step_of_every_operation(
+    fresh: Guest, rounds: int, proof: Proof
+) -> None:
+    """Power cut of a machine whose commands stand at each trace point of each operation."""
     every = 8 if fresh.emulated and rounds == 1 else 1
     before: Names = []
     for turn in range(rounds):
@@ -95,6 +99,7 @@ def test_power_cut_at_every_step_of_every_operation(fresh: Guest, rounds: int) -
         stands = [tuple(json.loads(line)) for line in said.splitlines()]
         assert {verb for verb, _, _ in stands} >= {"apply", "batch", "reset", "remove"}
         assert len(stands) >= 100 // every
+        proof.count(len(stands))
         fresh.machine.power_cut()
         assert changes_on_disk(fresh) == ""
         fresh.machine.start()
@@ -113,8 +118,9 @@ def test_power_cut_at_every_step_of_every_operation(fresh: Guest, rounds: int) -
 
 @pytest.mark.needs(Capability.POWER_CUT)
 def test_history_is_whole_whenever_the_power_goes(
-    fresh: Guest, rounds: int, tmp_path: Path
+    fresh: Guest, rounds: int, tmp_path: Path, proof: Proof
 ) -> None:
+    """Power cut of a machine at every write to the disk of its history."""
     once_elsewhere(fresh, rounds)
     image, log = tmp_path / "history", tmp_path / "log"
     with image.open("xb") as file:
@@ -133,6 +139,7 @@ def test_history_is_whole_whenever_the_power_goes(
     fresh.machine.power_cut()
     fresh.machine.close()
     for cut in blocklog.cuts(empty, blocklog.read(log)):
+        proof.count()
         image.write_bytes(cut.image)
         command = [sys.executable, "-c", LOOK]
         found, files = json.loads(disk.look(image, command, disk_format="raw"))

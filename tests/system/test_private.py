@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-from typing import TYPE_CHECKING
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
+import ptrace
 import pytest
 
 from harness.machine import Capability
@@ -13,12 +17,15 @@ from harness.machine import Capability
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.crash.tried import Proof
     from tests.system.guest import Guest
 
 pytestmark = pytest.mark.allow_findings(
     "failed to set xattr on upper", "tmpfs before Linux 6.6 keeps no user.* attributes"
 )
 BASE = "/usr/share/base-files"
+KILLING: Final = Path(__file__).with_name("killing.py")
+TRACING: Final = Path(__file__).parents[1] / "crash/tracing.py"
 # As a login does it: a session of logind's, a manager of the user's own, a runtime directory.
 _LOGIN = "systemd-run --quiet --pipe --wait --uid=alice -p PAMName=login -- sh -euc"
 
@@ -126,10 +133,40 @@ ExecStart=/bin/sh -c "[ ! -e {0}/mine ] || exec 3< {0}/mine; exec sleep infinity
 """
 
 
-@pytest.mark.once
-def test_service_alone_sees_what_root_attaches_to_it(guest: Guest) -> None:
+@pytest.fixture
+def food(guest: Guest) -> Iterator[Guest]:
+    """Give a machine with a service that uses what root may lay over the base."""
     guest.machine.copy_in(_FOOD.format(BASE).encode(), "/run/systemd/system/food.service")
     guest.sh("systemctl daemon-reload; systemctl start food")
+    yield guest
+    guest.sh("systemctl stop food; rm /run/systemd/system/food.service; systemctl daemon-reload")
+
+
+@pytest.mark.once
+def test_killed_command_leaves_a_service_that_starts(food: Guest, proof: Proof) -> None:
+    """SIGKILL of what shows an overlay to a service, at each system call that changes anything."""
+    place = "/var/tmp/killing"
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.add(next(iter(ptrace.__path__)), "ptrace")
+        tar.add(TRACING, "tests/crash/tracing.py")
+    food.sh(f"mkdir {place}")
+    food.machine.copy_in(packed.getvalue(), f"{place}/all.tar")
+    food.machine.copy_in(KILLING, f"{place}/killing.py")
+    food.sh(f"tar --directory={place} --extract --file={place}/all.tar")
+    source = food.source("root", {"mine": "root\n"})
+    every = 1 if proof.whole else 25
+    command = ("python3", "-I", f"{place}/killing.py", place, source, BASE, "0", str(every))
+    said = food.machine.run(command, timeout=1800).out
+    killed = dict(json.loads(line) for line in said.splitlines())
+    assert min(killed.values()) >= 1, killed
+    proof.count(sum(killed.values()))
+    food.sh(f"rm -r {place}")
+
+
+@pytest.mark.once
+def test_service_alone_sees_what_root_attaches_to_it(food: Guest) -> None:
+    guest = food
     source = guest.source("root", {"mine": "root\n"})
     guest.apply("own", source, BASE, "--private")
     seen = f"nsenter -t $(systemctl show -P MainPID food) -m cat {BASE}/mine 2>&1 || true"
@@ -179,4 +216,3 @@ def test_service_alone_sees_what_root_attaches_to_it(guest: Guest) -> None:
     others = guest.overlayd("attach", "x", "--unit", "food.service", user="bob", code=7).err
     assert "only root" in others
     guest.overlayd("remove", "own")
-    guest.sh("systemctl stop food; rm /run/systemd/system/food.service; systemctl daemon-reload")

@@ -15,6 +15,7 @@ from harness.vm import QemuMachine
 from tests.system.guest import RUN, SOURCES
 
 if TYPE_CHECKING:
+    from tests.crash.tried import Proof
     from tests.system.guest import Guest
 
 BASE = "/usr/share/base-files"
@@ -216,9 +217,14 @@ class Middle:
 
 
 @pytest.mark.needs(Capability.POWER_CUT)
-def test_nothing_is_left_after_a_power_cut_in_the_middle_of_work(fresh: Guest, rounds: int) -> None:
+def test_nothing_is_left_after_a_power_cut_in_the_middle_of_work(
+    fresh: Guest, rounds: int, proof: Proof
+) -> None:
+    """Power cut of a machine whose commands stand at a system call."""
     for turn in range(max(2, rounds)):
-        Middle(fresh, turn).prepare()
+        middle = Middle(fresh, turn)
+        middle.prepare()
+        proof.count(len(middle.pids))
         fresh.machine.power_cut()
         assert changes_on_disk(fresh) == ""
         fresh.machine.start()
