@@ -9,7 +9,6 @@ that, the next command finishes.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -70,6 +69,10 @@ class Run:
             self.lock.release()
 
 
+class StaysError(Exception):
+    """What was done cannot be taken back now; the next command finishes it."""
+
+
 class Operation(Protocol):
     """One step."""
 
@@ -82,7 +85,10 @@ class Operation(Protocol):
         """Do it."""
 
     def undo(self, run: Run) -> None:
-        """Take back what was done of it, all or part."""
+        """Take back what was done of it, all or part.
+
+        :raises StaysError: if it has to stay as it is, and all that came before it with it.
+        """
 
 
 class Step:
@@ -142,8 +148,12 @@ class Executor:
                 self._point("undo", operation)
                 # The first cause is what the caller hears; what cannot be undone now is
                 # finished by the next command, which finds the record.
-                with contextlib.suppress(OSError, OverlaydError):
+                try:
                     operation.undo(self.run)
+                except StaysError:
+                    self._begun = 0
+                except (OSError, OverlaydError):
+                    continue
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 

@@ -13,7 +13,7 @@ from overlayd import caller, mountinfo, overlayfs, state, targets
 from overlayd import syscalls as sys
 from overlayd.contents import TREE, base_of
 from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
-from overlayd.executor import Step
+from overlayd.executor import StaysError, Step
 from overlayd.model import USR, Phase, Record, Scope, Tree, shown
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY
@@ -300,9 +300,14 @@ class Attach(Step):
         targets.check_attached(self.mount_point, run.overlay_fd)
 
     def undo(self, run: Run) -> None:
-        """Detach it."""
+        """Detach it.
+
+        :raises StaysError: if others mounted something on it, which would go as well.
+        """
         if run.attached:
             # The path may lead elsewhere.
+            if not state.is_bare(run.overlay_fd):
+                raise StaysError
             sys.umount_fd(run.overlay_fd, sys.MNT_DETACH)
             run.attached = False
 

@@ -90,6 +90,12 @@ def check_on_top(record: Record, mounts: Container[int]) -> None:
         raise BusyError(message, hint=f"see 'findmnt {shown(place)}', then try again")
 
 
+def is_bare(mount_fd: int) -> bool:
+    """Whether nothing is mounted on the mount *mount_fd*: what is would go with it."""
+    own = sys.statx(mount_fd).mnt_id
+    return all(mount.parent_id != own for mount in mountinfo.read())
+
+
 def with_storage(overlay: Overlay) -> Overlay:
     """Add the figures of the writable storage, zeros where there is none."""
     tree = overlay.record.tree

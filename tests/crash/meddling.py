@@ -7,6 +7,7 @@ there is nothing to do it to, the kernel says so (:class:`OSError`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -116,7 +117,12 @@ def _move(origin: Path) -> Callable[[], object]:
     else:
         target.touch()
     mount(str(origin), target, "none", flags=MS_MOVE)
-    return lambda: sc.umount2(str(target), sc.MNT_DETACH)
+
+    def back() -> None:
+        with contextlib.suppress(OSError):  # what is undone goes from wherever it is
+            sc.umount2(str(target), sc.MNT_DETACH)
+
+    return back
 
 
 # The overlay itself.

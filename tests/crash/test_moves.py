@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import doctor, mountinfo
-from overlayd.errors import OverlaydError
+from overlayd import batch, doctor, mountinfo
+from overlayd.errors import KernelError, OverlaydError
 from overlayd.model import Request
 from overlayd.progress import Progress
 from tests.crash.meddling import (
@@ -70,9 +70,21 @@ def apply(manager: Manager, scene: Scene) -> object:
     return manager.apply(Request("x", str(scene.source), str(scene.place)), Progress())
 
 
+def apply_both(manager: Manager, scene: Scene) -> None:
+    """Apply two overlays, both or none."""
+    both = [
+        Request("x", str(scene.source), str(scene.place)),
+        Request("y", str(scene.source), str(PLAY / "more")),
+    ]
+    done = batch.run(both, lambda: manager, Progress(), jobs=1, atomic=lambda: manager)
+    if error := batch.worst(done):
+        raise error
+
+
 CASES: dict[str, tuple[str, bool, Callable[[Manager, Scene], object]]] = {
     "apply": ("", False, apply),
     "apply-file": ("a", False, apply),
+    "batch": ("", False, apply_both),
     "reset": ("", True, lambda m, _s: m.reset("x", 0)),
     "reset-file": ("a", True, lambda m, _s: m.reset("x", 1)),
     "remove": ("", True, lambda m, _s: m.remove("x")),
@@ -193,19 +205,52 @@ def points(case: str, *, shared: bool) -> int:
     return len(seen)
 
 
-def meddled_at(
-    case: str, point: int, meddle: Meddle, *, shared: bool, way: Exchange | None
+@functools.cache
+def undone(case: str, *, shared: bool) -> tuple[int, int]:
+    """Return the last point at which a failure undoes a command, and in how many steps."""
+    entry, present, work = CASES[case]
+    for point in reversed(range(points(case, shared=shared))):
+        scene = stage(entry, shared=shared, present=present)
+        seen: list[str] = []
+
+        def trace(when: str, _operation: Operation) -> None:
+            seen.append(when)  # noqa: B023  # called within this round
+            if len(seen) == point + 1:  # noqa: B023
+                raise KernelError("a failure")
+
+        with contextlib.suppress(KernelError):
+            work(manager(scene.world, trace=trace), scene)
+        if "undo" in seen:
+            return point, seen.count("undo")
+    raise AssertionError(case)
+
+
+def meddled_at(  # noqa: PLR0913  # what tells one from another
+    case: str,
+    point: int,
+    meddle: Meddle,
+    *,
+    shared: bool,
+    way: Exchange | None = None,
+    failing: int | None = None,
 ) -> bool:
-    """Meddle at one trace point of one command; say whether there was anything to do it to."""
+    """Meddle at one trace point of one command; say whether there was anything to do it to.
+
+    If it fails, at point *failing*, the points are those of undoing it.
+    """
     entry, present, work = CASES[case]
     scene = stage(entry, shared=shared, present=present)
-    context = (case, point, meddle.__name__, "shared" if shared else "private", way)
-    seen, back, done = 0, None, False
+    context = (case, point, meddle.__name__, "shared" if shared else "private", way, failing)
+    seen, begun, back, done = 0, 0, None, False
     before = held()
 
     def trace(when: str, _operation: Operation) -> None:
-        nonlocal seen, done, back
-        if when == "undo":
+        nonlocal seen, begun, done, back
+        if when != "undo":
+            begun += 1
+            if begun - 1 == failing:
+                raise KernelError("a failure")
+        if (when == "undo") == (failing is None):
             return
         if seen == point:
             with contextlib.suppress(OSError):  # there is nothing yet to do it to
@@ -237,6 +282,21 @@ def test_world_moves_during_a_command(proof: Proof, meddle: Meddle) -> None:
                     number += 1
                     if chosen(number, proof, 20):
                         proof.count(meddled_at(case, point, meddle, shared=shared, way=way))
+    assert proof.tried
+
+
+@pytest.mark.parametrize("meddle", MEDDLINGS, ids=lambda meddle: meddle.__name__)
+def test_world_moves_while_a_command_is_undone(proof: Proof, meddle: Meddle) -> None:
+    """The world moves while a command that failed is undone, at each trace point."""
+    number = MEDDLINGS.index(meddle)
+    for case in CASES:
+        for shared in (True, False):
+            failing, steps = undone(case, shared=shared)
+            for point in range(steps):
+                number += 1
+                if chosen(number, proof, 20):
+                    done = meddled_at(case, point, meddle, shared=shared, failing=failing)
+                    proof.count(done)
     assert proof.tried
 
 

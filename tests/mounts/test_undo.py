@@ -10,16 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from overlayd import overlayfs
+from overlayd import ops, overlayfs
 from overlayd import syscalls as sc
-from overlayd.errors import OverlaydError
-from overlayd.model import Request
+from overlayd.errors import KernelError, OverlaydError
+from overlayd.model import Request, State
 from overlayd.progress import Progress
 from tests.mounts.conftest import RUN, snapshot
 from tests.mounts.test_crash import CASES, FILES, SOURCE, count_points, run_and_die_at
@@ -220,6 +221,27 @@ def test_killed_while_settling_the_next_command_goes_on_with_it(world: World, ca
             number += 1
         tried += number
     assert tried > points
+
+
+def test_mount_of_somebody_else_stays_when_an_apply_is_undone(world: World) -> None:
+    base, source = world.base("app", FILES), world.source("s", SOURCE)
+    before = snapshot(base)
+
+    def trace(when: str, operation: Operation) -> None:
+        if (when, type(operation)) == ("after", ops.Attach):
+            subprocess.run(["mount", "-t", "tmpfs", "foreign", base], check=True)
+            raise KernelError("a failure")
+
+    with pytest.raises(KernelError, match="a failure"):
+        world.apply("x", source, base, manager=world.manager(trace=trace))
+    for _ in range(2):
+        (overlay,) = world.manager().list()  # which has finished what could not be undone
+        assert overlay.state is State.COVERED
+        assert list(base.iterdir()) == []
+    sc.umount2(str(base))
+    world.manager().remove("x")
+    assert snapshot(base) == before
+    assert world.leftovers() == []
 
 
 def test_killed_within_the_first_command_of_a_boot_the_next_begins_anew(world: World) -> None:

@@ -19,7 +19,7 @@ from overlayd.errors import (
     OverlaydError,
     SpaceError,
 )
-from overlayd.executor import Executor, Run, Step
+from overlayd.executor import Executor, Run, StaysError, Step
 from overlayd.progress import Progress
 from tests.unit.conftest import make_record, open_fds
 
@@ -133,6 +133,19 @@ def test_first_cause_is_what_the_caller_hears_and_undoing_goes_on(
     with pytest.raises(BusyError, match="first"):
         bench.executor(*steps).advance()
     assert bench.log == ["a", "b", "c", "undo c", "undo b", "undo a"]
+
+
+def test_what_has_to_stay_keeps_what_came_before_it(bench: Bench) -> None:
+    steps = [
+        Note("a", bench.log),
+        Note("b", bench.log, undo_failure=StaysError()),
+        Note("c", bench.log, BusyError("first")),
+    ]
+    executor = bench.executor(*steps)
+    with pytest.raises(BusyError, match="first"):
+        executor.advance()
+    executor.roll_back()  # once more, as an atomic batch does
+    assert bench.log == ["a", "b", "c", "undo c", "undo b"]
 
 
 def test_oserror_says_what_was_being_done(bench: Bench) -> None:
