@@ -170,13 +170,6 @@ def private(here: Setting) -> Iterator[Row]:
     enter = ("enter", "private", "--", "true")
     shots: list[tuple[str, tuple[str, ...], str, tuple[tuple[str, ...], ...], float | None]] = [
         ("enter", enter, "nsenter, and python -c pass", (nsenter, (*_PYTHON, "pass")), 2),
-        (
-            "enter-click",
-            enter,
-            "nsenter, and import click",
-            (nsenter, (*_PYTHON, "import click")),
-            2,
-        ),
     ]
     if _has_overlays("bwrap"):
         once = ("run", f"{source}:{target}", "--", "true")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from overlayd import config
-from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror
+from overlayd.errors import InterruptedByUserError, OverlaydError, RefusedError, from_oserror, shown
 from overlayd.model import (
     DIRECTORIES,
     FLAGS,
@@ -22,7 +22,6 @@ from overlayd.model import (
     check_name,
     check_writable_dir,
     parse_size,
-    shown,
 )
 
 if TYPE_CHECKING:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import os
 from functools import cache, partial
-from typing import Final
 
-from overlayd.model import RUN
+from overlayd.places import RUN
+
+TYPE_CHECKING = False  # see overlayd.entrance
+if TYPE_CHECKING:
+    from typing import Final
 
 _UNSET: Final = 0xFFFFFFFF
 CAP_SYS_ADMIN: Final = 21

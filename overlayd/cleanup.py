@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from overlayd import mountinfo, reconcile, removal, state
 from overlayd import syscalls as sys
-from overlayd.errors import NotFoundError, OverlaydError, from_oserror
-from overlayd.model import Phase, State, shown
+from overlayd.errors import NotFoundError, OverlaydError, from_oserror, shown
+from overlayd.model import Phase, State
 from overlayd.store import QUARANTINE, quarantined
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 import click
 
@@ -19,8 +19,8 @@ from overlayd.errors import (
     SpaceError,
     UsageError,
     from_oserror,
+    shown,
 )
-from overlayd.model import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,6 +148,12 @@ def _report(code: str, message: str, hint: str | None, *, as_json: bool) -> None
             click.echo(f"  hint: {hint}", err=True)
 
 
+def fail(error: OverlaydError) -> NoReturn:
+    """Say what is wrong, and exit with its code."""
+    _report(error.code, error.message, error.hint, as_json="--json" in sys.argv)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Run a command and exit with its documented code."""
     as_json = "--json" in sys.argv
@@ -164,8 +170,7 @@ def main() -> None:
     try:
         app.main(sys.argv[1:] or ["--help"], standalone_mode=False, prog_name="overlayd")
     except OverlaydError as error:
-        _report(error.code, error.message, error.hint, as_json=as_json)
-        sys.exit(error.exit_code)
+        fail(error)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:

@@ -20,16 +20,8 @@ from overlayd.cli_common import (
     recorded,
     stateroot_option,
 )
-from overlayd.errors import NoPermissionError, OverlaydError, RefusedError
-from overlayd.model import (
-    APPLIED,
-    BASE,
-    Options,
-    Request,
-    check_writable_dir,
-    parse_size,
-    shown,
-)
+from overlayd.errors import NoPermissionError, OverlaydError, RefusedError, shown
+from overlayd.model import APPLIED, BASE, Options, Request, check_writable_dir, parse_size
 
 if TYPE_CHECKING:
     from overlayd.cli_common import Noted

@@ -21,8 +21,9 @@ from overlayd.errors import (
     RefusedError,
     ServiceError,
     UsageError,
+    shown,
 )
-from overlayd.model import ROOTS, shown
+from overlayd.places import ROOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ import click
 from overlayd import caller, render
 from overlayd import report as reports
 from overlayd.cli_common import Common, common_options, complete_names, uid_of
-from overlayd.model import shown
+from overlayd.errors import shown
 
 if TYPE_CHECKING:
     from overlayd.history import Attempt

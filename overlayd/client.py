@@ -34,8 +34,8 @@ from overlayd.errors import (
     OverlaydError,
     RefusedError,
     ServiceError,
+    shown,
 )
-from overlayd.model import shown
 from overlayd.progress import Progress
 from overlayd.targets import OpenSource
 

@@ -15,8 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from overlayd.errors import OverlaydError, RefusedError, from_oserror
-from overlayd.model import parse_size, shown
+from overlayd.errors import OverlaydError, RefusedError, from_oserror, shown
+from overlayd.model import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

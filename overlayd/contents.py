@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import layers, overlayfs, writer
 from overlayd import syscalls as sys
-from overlayd.errors import NotFoundError
+from overlayd.errors import NotFoundError, shown
 from overlayd.executor import Step
-from overlayd.model import SourceKind, counted, human_size, shown
+from overlayd.model import SourceKind, counted, human_size
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.targets import OpenSource, Streamed
 from overlayd.walker import OPEN_DIRECTORY, Limits, check_file_over

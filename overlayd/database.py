@@ -14,8 +14,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd.errors import RefusedError
-from overlayd.model import shown
+from overlayd.errors import RefusedError, shown
 
 if TYPE_CHECKING:
     import sqlite3

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
 from overlayd import __version__, features, history, mountinfo, reconcile, state, subids, userns
-from overlayd.errors import KernelError, OverlaydError
+from overlayd.errors import KernelError, OverlaydError, shown
 from overlayd.examine import memory_available
-from overlayd.model import State, human_size, shown
+from overlayd.model import State, human_size
 from overlayd.observer import Observer
 from overlayd.render import columns
 from overlayd.store import QUARANTINE, Store, quarantined

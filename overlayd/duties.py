@@ -28,11 +28,12 @@ from overlayd.errors import (
     NoPermissionError,
     OverlaydError,
     RefusedError,
+    shown,
 )
 from overlayd.lines import Lines
 from overlayd.looks import Looks, with_uuid
 from overlayd.manager import Manager, User
-from overlayd.model import Options, Request, human_size, shown
+from overlayd.model import Options, Request, human_size
 from overlayd.polkit import Action
 from overlayd.targets import Streamed, moved
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Into the namespaces of private overlays, for good: a program that sees them.
 
-Loads little, as ``enter`` is to start quickly.
+Loads little, as ``enter`` is to start quickly: what it needs does without ``typing``,
+``dataclasses`` and regular expressions, and, where the words are plain, without the command line.
 """
 
 from __future__ import annotations
@@ -9,15 +10,46 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
 from overlayd import homes, userns
 from overlayd import syscalls as kernel
-from overlayd.errors import NotFoundError, RefusedError, from_oserror
-from overlayd.model import not_found, shown
+from overlayd.errors import (
+    NotFoundError,
+    OverlaydError,
+    RefusedError,
+    from_oserror,
+    not_found,
+    shown,
+)
 
+TYPE_CHECKING = False  # checkers take it for that of typing, which takes long to load
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
+
+
+def enter_at_once(words: Sequence[str]) -> None:
+    """Do ``enter NAME... -- COMMAND...`` if that is all there is, and nothing is in the way.
+
+    Otherwise it returns, and the command line does it again and says what is wrong.
+
+    :raises OverlaydError: if it is too late for that.
+    """
+    if "--" not in words or any(word.startswith("-") for word in words[: words.index("--")]):
+        return
+    middle = words.index("--")
+    names, command = words[:middle], words[middle + 1 :]
+    plain = names and command and "_OVERLAYD_COMPLETE" not in os.environ
+    if not plain or None in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    try:
+        found = _keeper(names)
+        place = working_directory()
+        join(found)
+    except (OverlaydError, OSError):
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    become(command, place)
 
 
 def enter(names: Sequence[str], command: Sequence[str], *, as_root: bool = False) -> NoReturn:
@@ -27,6 +59,14 @@ def enter(names: Sequence[str], command: Sequence[str], *, as_root: bool = False
 
     :raises NotFoundError: if one of them is not there, or there is no such command.
     """
+    found = _keeper(names)
+    place = working_directory()
+    join(found)
+    become(command, place, as_root=as_root)
+
+
+def _keeper(names: Sequence[str]) -> int:
+    """Return the holder of private overlays, of which *names* have to be there."""
     with homes.opened() as home:
         found = homes.find(home)
     if found is None:
@@ -35,9 +75,7 @@ def enter(names: Sequence[str], command: Sequence[str], *, as_root: bool = False
     for name in names:
         if name not in present:
             raise not_found(name)
-    place = working_directory()
-    join(found)
-    become(command, place, as_root=as_root)
+    return found
 
 
 def working_directory() -> str:

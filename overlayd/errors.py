@@ -10,7 +10,10 @@ the documented interface (``docs/exit-codes.md``) and do not change.
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+
+TYPE_CHECKING = False  # see overlayd.entrance
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class OverlaydError(Exception):
@@ -114,3 +117,27 @@ def from_oserror(error: OSError, doing: str, *, hint: str | None = None) -> Over
     if error.errno == errno.ENOSYS:
         return KernelError(text, hint=hint or "overlayd needs Linux 6.1 or newer")
     return KernelError(text, hint=hint)
+
+
+def not_found(name: str) -> NotFoundError:
+    """Return the error for a name that no overlay has."""
+    message = f"there is no overlay {shown(name)!r}"
+    return NotFoundError(message, hint="'overlayd list' shows what there is")
+
+
+def shown(text: str) -> str:
+    """Make any path or name safe to print on one line of a terminal.
+
+    Control characters, bytes that are not UTF-8 and characters that change the direction of the
+    text are escaped the way Python writes them.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable()
+        else f"\\x{ord(char) - 0xDC00:02x}"
+        if 0xDC80 <= ord(char) <= 0xDCFF  # noqa: PLR2004  # surrogateescape's range
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 from overlayd import caller, ops, overlayfs, plan, policy, targets, walker
 from overlayd import syscalls as sys
 from overlayd.config import FlaggedAction
-from overlayd.errors import OverlaydError, RefusedError, from_oserror
-from overlayd.model import RUN, SourceKind, check_name, shown
+from overlayd.errors import OverlaydError, RefusedError, from_oserror, shown
+from overlayd.model import SourceKind, check_name
+from overlayd.places import RUN
 from overlayd.targets import OpenSource, Streamed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import overlayfs
 from overlayd import syscalls as sys
-from overlayd.model import USR
+from overlayd.places import USR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

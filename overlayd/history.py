@@ -46,8 +46,8 @@ from overlayd.errors import (
     SpaceError,
     UsageError,
     from_oserror,
+    shown,
 )
-from overlayd.model import shown
 
 if TYPE_CHECKING:
     import sqlite3

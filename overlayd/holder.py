@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 from overlayd import caller, userns
 from overlayd.errors import OverlaydError
 from overlayd.homes import FILE
-from overlayd.model import RUN
+from overlayd.places import RUN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

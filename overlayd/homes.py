@@ -14,14 +14,15 @@ import select
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Final
 
 from overlayd import caller
-from overlayd.errors import KernelError, OverlaydError, RefusedError, from_oserror
-from overlayd.model import ROOTS, RUN, shown
+from overlayd.errors import KernelError, OverlaydError, RefusedError, from_oserror, shown
+from overlayd.places import ROOTS, RUN
 
+TYPE_CHECKING = False  # see overlayd.entrance
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
+    from typing import Final
 
 FILE: Final = "holder.json"
 _PATIENCE: Final = 20.0

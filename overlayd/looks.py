@@ -10,8 +10,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from overlayd import __version__, history, interface, polkit, wire
-from overlayd.errors import NoPermissionError, NotFoundError, RefusedError
-from overlayd.model import not_found, shown
+from overlayd.errors import NoPermissionError, NotFoundError, RefusedError, not_found, shown
 from overlayd.observer import Observer
 from overlayd.polkit import Action
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from overlayd import caller, mountinfo, ostree, overlayfs, plan, state
-from overlayd.errors import OverlaydError
+from overlayd.errors import OverlaydError, not_found
 from overlayd.executor import Executor, Run
-from overlayd.model import TAG_PREFIX, Overlay, Scope, State, check_name, not_found
+from overlayd.model import TAG_PREFIX, Overlay, Scope, State, check_name
 from overlayd.mountinfo import own_mount
 from overlayd.observer import Observer
 from overlayd.progress import Progress

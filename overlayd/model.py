@@ -11,12 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from overlayd.errors import NotFoundError, RefusedError
+from overlayd.errors import RefusedError, shown
 
-USR: Final = "/usr"
-RUN: Final = "/run/overlayd"
-ROOTS: Final = "/run/overlayd.private"
-"""Where root has what users have in the directory of their login session: private overlays'."""
 TAG_PREFIX: Final = "overlayd:"
 """``source`` of every overlay mount that overlayd makes is this and the overlay's uuid."""
 
@@ -193,12 +189,6 @@ def check_name(name: str) -> str:
     )
 
 
-def not_found(name: str) -> NotFoundError:
-    """Return the error for a name that no overlay has."""
-    message = f"there is no overlay {shown(name)!r}"
-    return NotFoundError(message, hint="'overlayd list' shows what there is")
-
-
 def check_writable_dir(path: str) -> str:
     """Return *path* if it may name a directory beneath a target.
 
@@ -237,24 +227,6 @@ def human_size(size: int) -> str:
 def counted(number: int) -> str:
     """Write how many entries there are."""
     return "1 entry" if number == 1 else f"{number} entries"
-
-
-def shown(text: str) -> str:
-    """Make any path or name safe to print on one line of a terminal.
-
-    Control characters, bytes that are not UTF-8 and characters that change the direction of the
-    text are escaped the way Python writes them.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if char.isprintable()
-        else f"\\x{ord(char) - 0xDC00:02x}"
-        if 0xDC80 <= ord(char) <= 0xDCFF  # noqa: PLR2004  # surrogateescape's range
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def is_within(path: str, tree: str) -> bool:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from overlayd import caller, state
-from overlayd.errors import BusyError, NoPermissionError, NotFoundError
-from overlayd.model import Overlay, Phase, State, check_name, not_found
+from overlayd.errors import BusyError, NoPermissionError, NotFoundError, not_found
+from overlayd.model import Overlay, Phase, State, check_name
 from overlayd.mountinfo import Watcher
 from overlayd.store import Store
 

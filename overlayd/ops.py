@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 from overlayd import caller, mountinfo, overlayfs, state, targets
 from overlayd import syscalls as sys
 from overlayd.contents import TREE, base_of
-from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror
+from overlayd.errors import KernelError, NotFoundError, OverlaydError, from_oserror, shown
 from overlayd.executor import StaysError, Step
-from overlayd.model import USR, Phase, Record, Scope, Tree, shown
+from overlayd.model import Phase, Record, Scope, Tree
+from overlayd.places import USR
 from overlayd.store import LAYER, storage_path, upper_name
 from overlayd.walker import OPEN_DIRECTORY
 

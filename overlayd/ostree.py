@@ -7,8 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from overlayd.errors import RefusedError
-from overlayd.model import shown
+from overlayd.errors import RefusedError, shown
 
 _BOOTED: Final = "/run/ostree-booted"
 _CMDLINE: Final = "/proc/cmdline"

@@ -16,20 +16,10 @@ from overlayd.errors import (
     NotFoundError,
     RefusedError,
     SpaceError,
-)
-from overlayd.model import (
-    USR,
-    Layer,
-    Overlay,
-    Phase,
-    Record,
-    Scope,
-    State,
-    Tree,
-    human_size,
-    is_within,
     shown,
 )
+from overlayd.model import Layer, Overlay, Phase, Record, Scope, State, Tree, human_size, is_within
+from overlayd.places import USR
 from overlayd.store import LAYER, upper_name
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final
 from jeepney import DBusAddress, new_method_call
 
 from overlayd.bus import CallError, GoneError
-from overlayd.errors import NoPermissionError
-from overlayd.model import shown
+from overlayd.errors import NoPermissionError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from overlayd import caller, entrance, homes, overlayfs, plan, shown, subids, targets, userns
 from overlayd.cleanup import Action
-from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, RefusedError
+from overlayd.errors import NoPermissionError, NotFoundError, OverlaydError, RefusedError, not_found
 from overlayd.manager import Manager, User
-from overlayd.model import RUN, Scope, State, not_found
+from overlayd.model import Scope, State
 from overlayd.observer import Observer
+from overlayd.places import RUN
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:

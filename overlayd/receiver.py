@@ -19,8 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from overlayd import stream
-from overlayd.errors import BusyError, RefusedError, from_oserror
-from overlayd.model import shown
+from overlayd.errors import BusyError, RefusedError, from_oserror, shown
 from overlayd.stream import FRAME, FRAME_MAX, HEADER, Entry, Header, Stored, Type
 from overlayd.walker import INLINE_LINK, PAGE, Measure, check_size, note_flagged, too_many
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from overlayd import mountinfo, state
 from overlayd import syscalls as sys
 from overlayd.errors import BusyError, from_oserror
-from overlayd.model import ROOTS, UUID, Phase, Record, is_within
+from overlayd.model import UUID, Phase, Record, is_within
+from overlayd.places import ROOTS
 from overlayd.store import storage_path, upper_name
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from overlayd import holders, mountinfo, state
 from overlayd import syscalls as sys
-from overlayd.errors import BusyError
+from overlayd.errors import BusyError, shown
 from overlayd.executor import Step
-from overlayd.model import Phase, shown
+from overlayd.model import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from overlayd.model import Scope, counted, human_size, shown
+from overlayd.errors import shown
+from overlayd.model import Scope, counted, human_size
 from overlayd.progress import Progress
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from overlayd import stream
-from overlayd.errors import RefusedError
-from overlayd.model import SourceKind, shown
+from overlayd.errors import RefusedError, shown
+from overlayd.model import SourceKind
 from overlayd.stream import ATTRIBUTES_MAX, DATA_MAX, TIME_MAX, Entry, Header, Stored, Type
 from overlayd.walker import (
     INLINE_LINK,

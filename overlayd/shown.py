@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import locks, mountinfo, overlayfs
 from overlayd import syscalls as sys
-from overlayd.errors import NotFoundError, OverlaydError, RefusedError, from_oserror
-from overlayd.model import ROOTS, UUID, shown
+from overlayd.errors import NotFoundError, OverlaydError, RefusedError, from_oserror, shown
+from overlayd.model import UUID
+from overlayd.places import ROOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from overlayd import mountinfo
 from overlayd import syscalls as sys
-from overlayd.errors import BusyError
-from overlayd.model import Overlay, Phase, State, Storage, not_found, shown
+from overlayd.errors import BusyError, not_found, shown
+from overlayd.model import Overlay, Phase, State, Storage
 from overlayd.store import LAYER, storage_path, upper_name
 
 if TYPE_CHECKING:

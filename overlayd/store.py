@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import locks, overlayfs, records
 from overlayd import syscalls as sys
-from overlayd.errors import BusyError, from_oserror
-from overlayd.model import RUN, UUID, Phase, Record, not_found, shown
+from overlayd.errors import BusyError, from_oserror, not_found, shown
+from overlayd.model import UUID, Phase, Record
+from overlayd.places import RUN
 from overlayd.world import World, write_whole
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from overlayd.errors import RefusedError
-from overlayd.model import SourceKind, shown
+from overlayd.errors import RefusedError, shown
+from overlayd.model import SourceKind
 from overlayd.walker import PAGE, pages
 
 if TYPE_CHECKING:

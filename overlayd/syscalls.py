@@ -12,8 +12,10 @@ import ctypes
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
-from typing import Final
+
+TYPE_CHECKING = False  # see overlayd.entrance
+if TYPE_CHECKING:
+    from typing import Final
 
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
@@ -158,24 +160,30 @@ class _Statfs(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
 class StatxResult:
     """What :func:`statx` is asked for here."""
 
-    mnt_id: int
-    mount_root: bool
+    __slots__ = ("mnt_id", "mount_root")
+
+    def __init__(self, mnt_id: int, *, mount_root: bool) -> None:
+        """Keep both."""
+        self.mnt_id = mnt_id
+        self.mount_root = mount_root
 
 
-@dataclass(frozen=True, slots=True)
 class StatfsResult:
     """Part of ``struct statfs``; sizes in bytes, ``files`` and ``ffree`` in inodes."""
 
-    type: int
-    fsid: int
-    size: int
-    free: int
-    files: int
-    ffree: int
+    __slots__ = ("ffree", "files", "free", "fsid", "size", "type")
+
+    def __init__(self, buffer: _Statfs) -> None:
+        """Take what the kernel filled in."""
+        self.type: int = buffer.type & 0xFFFFFFFF
+        self.fsid: int = buffer.fsid
+        self.size: int = buffer.blocks * buffer.bsize
+        self.free: int = buffer.bfree * buffer.bsize
+        self.files: int = buffer.files
+        self.ffree: int = buffer.ffree
 
 
 def _fail(name: str) -> OSError:
@@ -375,7 +383,7 @@ def statx(fd: int, path: str = "", *, unique: bool = False) -> StatxResult:
         raise _fail("statx")
     if not buffer.mask & want:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), "statx")
-    return StatxResult(buffer.mnt_id, bool(buffer.attributes & STATX_ATTR_MOUNT_ROOT))
+    return StatxResult(buffer.mnt_id, mount_root=bool(buffer.attributes & STATX_ATTR_MOUNT_ROOT))
 
 
 def fstatfs(fd: int) -> StatfsResult:
@@ -383,7 +391,7 @@ def fstatfs(fd: int) -> StatfsResult:
     buffer = _Statfs()
     if _libc.fstatfs(ctypes.c_int(fd), ctypes.byref(buffer)) < 0:
         raise _fail("fstatfs")
-    return _statfs_result(buffer)
+    return StatfsResult(buffer)
 
 
 def statfs(path: str) -> StatfsResult:
@@ -391,18 +399,7 @@ def statfs(path: str) -> StatfsResult:
     buffer = _Statfs()
     if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) < 0:
         raise _fail("statfs")
-    return _statfs_result(buffer)
-
-
-def _statfs_result(buffer: _Statfs) -> StatfsResult:
-    return StatfsResult(
-        type=buffer.type & 0xFFFFFFFF,
-        fsid=buffer.fsid,
-        size=buffer.blocks * buffer.bsize,
-        free=buffer.bfree * buffer.bsize,
-        files=buffer.files,
-        ffree=buffer.ffree,
-    )
+    return StatfsResult(buffer)
 
 
 def listmount(namespace: int = 0, after: int = 0) -> bytes:

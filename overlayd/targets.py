@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from overlayd import overlayfs
 from overlayd import syscalls as sys
-from overlayd.errors import BusyError, NotFoundError, RefusedError, from_oserror
-from overlayd.model import RUN, USR, SourceKind, is_within, shown
+from overlayd.errors import BusyError, NotFoundError, RefusedError, from_oserror, shown
+from overlayd.model import SourceKind, is_within
+from overlayd.places import RUN, USR
 from overlayd.walker import OPEN_DIRECTORY, refuse_special
 
 if TYPE_CHECKING:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Final
 
 from overlayd import caller
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, RefusedError
+
+TYPE_CHECKING = False  # see overlayd.entrance
+if TYPE_CHECKING:
+    from typing import Final
 
 # Each of them, if it has this value, keeps users from it: file, value, how to change it.
 _SWITCHES: Final = (

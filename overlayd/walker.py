@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol
 
-from overlayd.errors import OverlaydError, RefusedError, SpaceError, from_oserror
-from overlayd.model import human_size, shown
+from overlayd.errors import OverlaydError, RefusedError, SpaceError, from_oserror, shown
+from overlayd.model import human_size
 
 if TYPE_CHECKING:
     import re

@@ -6,20 +6,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from overlayd.errors import OverlaydError
+from overlayd.errors import OverlaydError, shown
 from overlayd.history import Attempt
-from overlayd.model import (
-    Layer,
-    Options,
-    Overlay,
-    Phase,
-    Record,
-    Scope,
-    State,
-    Storage,
-    Tree,
-    shown,
-)
+from overlayd.model import Layer, Options, Overlay, Phase, Record, Scope, State, Storage, Tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

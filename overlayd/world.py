@@ -25,7 +25,7 @@ from typing import Final
 from overlayd import caller, mountinfo, overlayfs
 from overlayd import syscalls as sys
 from overlayd.errors import KernelError, NoPermissionError, RefusedError, from_oserror
-from overlayd.model import RUN
+from overlayd.places import RUN
 
 _SIZE: Final = 32 << 20
 _INODES: Final = 65536

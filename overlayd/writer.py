@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from overlayd import caller
-from overlayd.errors import RefusedError, SpaceError
-from overlayd.model import shown
+from overlayd.errors import RefusedError, SpaceError, shown
 from overlayd.walker import (
     OPEN_DIRECTORY,
     Limits,

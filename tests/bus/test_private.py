@@ -43,6 +43,10 @@ def test_private_overlay_is_seen_inside_alone_and_takes_no_root(bus: Bus) -> Non
     assert inside(bus, "alice", "hers", f"cat {base}/motd {base}/sub/deep") == "alicebase"
     bus.overlayd("alice", "enter", "hers", "--", "sh", "-c", f"echo edit > {base}/motd")
     assert inside(bus, "alice", "hers", f"cat {base}/motd") == "edit\n"
+    for words, code in ((("hers", "--", "/none"), 3), (("none", "--", "true"), 3)):
+        said = bus.overlayd("alice", "enter", *words, code=code).stderr
+        assert said.startswith("overlayd: "), said
+        assert "none" in said
     bus.overlayd("alice", "reset", "hers", "--to", "applied")
     assert inside(bus, "alice", "hers", f"cat {base}/motd") == "alice"
     bus.overlayd("alice", "reset", "hers")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlayd.errors import RefusedError
-from overlayd.model import check_name, human_size, is_within, parse_size, shown
+from overlayd.errors import RefusedError, shown
+from overlayd.model import check_name, human_size, is_within, parse_size
 from tests.unit.conftest import (
     absolute_paths,
     is_one_printable_line,

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from overlayd.model import ROOTS, Phase, Tree
+from overlayd.model import Phase, Tree
 from overlayd.mountinfo import Table
+from overlayd.places import ROOTS
 from overlayd.reconcile import leftovers, proven
 from tests.unit.conftest import OTHER_UUID, UUID, make_mount, make_record
 
