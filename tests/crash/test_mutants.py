@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.crash.mutants import load, workshop
+from tests.mounts.conftest import leave_world
 
 if TYPE_CHECKING:
     from tests.crash.tried import Proof
@@ -25,6 +26,7 @@ def test_some_test_fails_of_each_mutant(proof: Proof) -> None:
         proof.random = True
         quick = [mutant for mutant in mutants if mutant.quick]
         mutants = random.Random(proof.seed).sample(quick, SAMPLE)
+    leave_world()  # what earlier tests left mounted there would puzzle those
     with workshop() as place:
         for mutant in mutants:
             proof.count()

@@ -83,16 +83,20 @@ def bind(source: Path, target: Path) -> None:
     mount(str(source), target, "none", flags=sc.MS_BIND)
 
 
+def leave_world() -> None:
+    """Go back to the machine's own mount namespace, if this process has ever left it."""
+    sc.unshare(CLONE_FS)  # threads that are still ending share it, and setns refuses then
+    if _machine and _libc.setns(_machine[0], sc.CLONE_NEWNS) < 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
 def enter_new_world(*, shared: bool = True) -> None:
     """Leave the mount namespace for a fresh one with its own /run and playground.
 
     Made from the machine's own each time: the mounts of an earlier world would lie beneath.
     """
-    sc.unshare(CLONE_FS)  # threads that are still ending share it, and setns refuses then
-    if _machine:
-        if _libc.setns(_machine[0], sc.CLONE_NEWNS) < 0:
-            raise OSError(ctypes.get_errno(), "setns")
-    else:
+    leave_world()
+    if not _machine:
         _machine.append(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
     sc.unshare(sc.CLONE_NEWNS)
     sc.mount_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
