@@ -221,6 +221,7 @@ def test_nothing_is_left_after_a_power_cut_in_the_middle_of_work(
     fresh: Guest, rounds: int, proof: Proof
 ) -> None:
     """Power cut of a machine whose commands stand at a system call."""
+    once_elsewhere(fresh, rounds)  # test_power.py has one at the trace points
     for turn in range(max(2, rounds)):
         middle = Middle(fresh, turn)
         middle.prepare()
