@@ -165,6 +165,23 @@ def test_killed_command_leaves_a_service_that_starts(food: Guest, proof: Proof) 
 
 
 @pytest.mark.once
+def test_service_sees_a_single_file_and_what_a_reset_makes_of_it(food: Guest) -> None:
+    base = food.sh(f"cat {BASE}/motd")
+    source = food.source("file", {"motd": "root\n"})
+    food.apply("file", f"{source}/motd", f"{BASE}/motd", "--private")
+    seen = (
+        f"systemctl restart food; nsenter -t $(systemctl show -P MainPID food) -m cat {BASE}/motd"
+    )
+    food.overlayd("attach", "file", "--unit", "food.service")
+    for to, shows in (("base", base), ("applied", "root"), ("base", base), ("applied", "root")):
+        food.overlayd("reset", "file", "--to", to)
+        assert food.sh(seen) == shows
+    food.overlayd("detach", "file", "--restart")
+    assert food.sh(seen) == base
+    food.overlayd("remove", "file")
+
+
+@pytest.mark.once
 def test_service_alone_sees_what_root_attaches_to_it(food: Guest) -> None:
     guest = food
     source = guest.source("root", {"mine": "root\n"})
