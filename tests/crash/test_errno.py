@@ -37,10 +37,11 @@ TOLD_APART: Final = (
 CODES: Final = {0, 1, *range(3, 11)}
 """Exit codes that an error of the kernel's may have; 1 where the output cannot be written."""
 _LIES: Final = {
-    *((call, errno.ENOENT) for call in ("rmdir", "unlink", "umount2")),
+    *((call, errno.ENOENT) for call in ("rmdir", "unlink", "umount2", "newfstatat", "getdents64")),
     ("umount2", errno.EINVAL),
+    ("read", errno.EAGAIN),
 }
-"""What the kernel says only of what is gone already, while here it is not."""
+"""What the kernel says only of what is gone already, or does not block, while here it is not so."""
 _CODE_1: Final = ("writing the output", "some of it could not be removed")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -19,7 +20,10 @@ _REPORT = pytest.StashKey[bool]()
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """So many faults of a kind, how many of them held, and by which seed, if by any."""
+    """So many faults of a kind, how many of them held, and by which seed, if by any.
+
+    Of the same fault and case what was added last counts.
+    """
 
     fault: str
     case: str
@@ -32,10 +36,16 @@ class Tried:
 
     def add(self, file: str) -> None:
         """Add it to a file, to which others may add at the same time."""
-        line = asdict(self) | {"seconds": round(self.seconds, 1)}
+        line = asdict(self) | {"seconds": round(self.seconds, 1), "code": _code()}
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.write(fd, json.dumps(line).encode() + b"\n")
         os.close(fd)
+
+
+def _code() -> str:
+    """Return which commit this is, and of which day."""
+    said = ["git", "log", "-1", "--format=%h of %cs"]
+    return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @dataclass
@@ -70,10 +80,9 @@ def proving(
     yield made
     held = request.node.stash.get(_REPORT, False)
     if made.tried:
-        case = request.node.name.partition("[")[2].rstrip("]")
         tried = Tried(
             fault=made.fault,
-            case=case,
+            case=request.node.name,
             tried=made.tried,
             held=made.tried if held else made.tried - 1,
             seed=made.seed if made.random else None,
