@@ -112,7 +112,7 @@ def crash(session: nox.Session) -> None:
 
 @nox.session
 def proof(session: nox.Session) -> None:
-    """Try every fault there is and write docs/proof.md (-- --minutes=N, -- -k SOME); takes hours."""
+    """Try every fault there is and write docs/proof.md (-- --minutes=N, -k SOME); takes hours."""
     if os.geteuid() != 0:
         session.error("needs root, as the tests do")
     have(session, CRASH_PROGRAMS)

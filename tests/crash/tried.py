@@ -44,7 +44,8 @@ class Tried:
 
 def _code() -> str:
     """Return which commit this is, and of which day."""
-    said = ["git", "log", "-1", "--format=%h of %cs"]
+    here = os.path.dirname(__file__)
+    said = ["git", "-C", here, "log", "-1", "--format=%h of %cs"]
     return subprocess.run(said, capture_output=True, text=True, check=True).stdout.strip()
 
 
