@@ -21,7 +21,7 @@ from tests.bus.peer import Answer, Peer
 from tests.crash import tracing
 from tests.crash.forked import forked
 from tests.crash.scenes import Stage
-from tests.crash.test_errno import cases
+from tests.crash.test_errno import cases, failing
 from tests.crash.tracing import Do
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def test_each_call_of_the_service_fails(bus: Bus, proof: Proof, name: str) -> No
     step = 1 if proof.whole else 8
     for number, error in [*cases(whole.points, proof.seed, whole=False)][proof.seed % step :: step]:
         prepare(called, stage)
-        outcome, told = serve(called, stage, tracing.at(number, error), tracing.CHANGING)
+        outcome, told = serve(called, stage, failing(number, error), tracing.CHANGING)
         if outcome.acted is None:
             continue
         proof.count()
