@@ -72,13 +72,15 @@ class Scene:
 
     @property
     def record(self) -> Path:
-        """The record of x.
+        """The record of x, and not of y, which a batch makes beside it.
 
         :raises FileNotFoundError: if there is none.
         """
         for name in os.listdir(RECORDS):
-            if name.endswith(".json") and name.removesuffix(".json") not in self.known:
-                return RECORDS / name
+            path = RECORDS / name
+            unknown = name.endswith(".json") and name.removesuffix(".json") not in self.known
+            if unknown and str(PLAY / "more") not in path.read_text():
+                return path
         raise FileNotFoundError
 
     def parts(self) -> list[Path]:

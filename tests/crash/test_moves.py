@@ -163,9 +163,10 @@ def come_back(scene: Scene, back: Callable[[], object] | None, context: object) 
     foreign_stands(scene, context)
     if back is not None:
         back()
-    names = {overlay.record.name for overlay in manages.list()}
-    for name in sorted(names - {"beside"}):
-        manager(world).remove(name)
+    names = [overlay.record.name for overlay in manages.list()]  # two may have been given one
+    for name in sorted(names):
+        if name != "beside":
+            manager(world).remove(name)
     failed = [action for action in manager(world).cleanup() if action.failed is not None]
     assert not failed, (context, failed)
     manager(world).list(draining=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,10 @@ from overlayd.errors import NotFoundError
 
 
 def test_entering_loads_nothing_that_takes_long() -> None:
-    program = "import sys; from overlayd import entrance; print(*sys.modules)"
-    command = [sys.executable, "-c", program]
+    top = Path(entrance.__file__).parents[1]
+    program = f"import sys; sys.path.insert(0, {str(top)!r}); from overlayd import entrance"
+    # Without site, by which a measuring of coverage would load much of its own.
+    command = [sys.executable, "-I", "-S", "-c", f"{program}; print(*sys.modules)"]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert "overlayd.userns" in loaded
     slow = {"typing", "dataclasses", "inspect", "click", "subprocess", "overlayd.model"}
