@@ -35,17 +35,14 @@ def enter_at_once(words: Sequence[str]) -> None:
 
     :raises OverlaydError: if it is too late for that.
     """
-    if "--" not in words or any(word.startswith("-") for word in words[: words.index("--")]):
-        return
-    middle = words.index("--")
+    middle = words.index("--") if "--" in words else 0
     names, command = words[:middle], words[middle + 1 :]
-    plain = names and command and "_OVERLAYD_COMPLETE" not in os.environ
-    if not plain or None in (sys.stdin, sys.stdout, sys.stderr):
+    plain = names and command and not any(name.startswith("-") for name in names)
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    if not plain or None in streams or "_OVERLAYD_COMPLETE" in os.environ:
         return
     try:
-        found = _keeper(names)
-        place = working_directory()
-        join(found)
+        place = _go_in(names)
     except (OverlaydError, OSError):
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -59,14 +56,14 @@ def enter(names: Sequence[str], command: Sequence[str], *, as_root: bool = False
 
     :raises NotFoundError: if one of them is not there, or there is no such command.
     """
-    found = _keeper(names)
-    place = working_directory()
-    join(found)
-    become(command, place, as_root=as_root)
+    become(command, _go_in(names), as_root=as_root)
 
 
-def _keeper(names: Sequence[str]) -> int:
-    """Return the holder of private overlays, of which *names* have to be there."""
+def _go_in(names: Sequence[str]) -> str:
+    """Go where private overlays are seen, of which *names* have to be there.
+
+    Returns where this process was.
+    """
     with homes.opened() as home:
         found = homes.find(home)
     if found is None:
@@ -75,7 +72,9 @@ def _keeper(names: Sequence[str]) -> int:
     for name in names:
         if name not in present:
             raise not_found(name)
-    return found
+    place = working_directory()
+    join(found)
+    return place
 
 
 def working_directory() -> str:

@@ -167,12 +167,12 @@ class Private:
                 if not dry_run:
                     shown.withdraw(uuid)
                 done.append(action)
-            elif not dry_run and (shown.settle(uuid) or self._is_stale(there[uuid])):
+            elif not dry_run and (shown.settle(uuid) or self._refreshed(there[uuid])):
                 done.append(action)
         return done
 
-    def _is_stale(self, overlay: Overlay) -> bool:
-        """Whether services would have seen an overlay as it was before a reset; not any more."""
+    def _refreshed(self, overlay: Overlay) -> bool:
+        """Let services see an overlay as a reset has made it; return whether they did not yet."""
         found = self._found()
         return (
             found is not None

@@ -3,7 +3,7 @@
 
 ::
 
-    python -m tests.crash.mutants [--list] [--only NAME...] [--tried FILE]
+    python -m tests.crash.mutants [--list] [--only NAME...]
 
 ``mutants.toml`` beside this says what is taken away or swapped, and which tests are to fail of it.
 They run on a copy of the tree, first as it is: what is not green without a mutant shows nothing.
@@ -26,8 +26,6 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-from tests.crash.tried import Tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -157,11 +155,8 @@ def workshop() -> Iterator[Workshop]:
         yield Workshop(place)
 
 
-def try_all(mutants: Sequence[Mutant], file: str) -> bool:
-    """Try *mutants* and print what became of each; with *file* add the sum to it.
-
-    Returns whether all were killed.
-    """
+def try_all(mutants: Sequence[Mutant]) -> bool:
+    """Try *mutants* and print what became of each; return whether all were killed."""
     start = time.monotonic()
     survivors: list[str] = []
     errors: list[str] = []
@@ -179,20 +174,8 @@ def try_all(mutants: Sequence[Mutant], file: str) -> bool:
                 word = "SURVIVED" if survived else "killed"
             _say(f"{time.monotonic() - began:6.1f} s  {mutant.name}: {word}")
     killed = len(mutants) - len(survivors) - len(errors)
-    seconds = time.monotonic() - start
-    remark = f"{killed} of {len(mutants)} killed"
-    _say(f"{remark}, survived: {survivors}, errors: {errors}, {seconds:.0f} s")
-    if file:
-        Tried(
-            fault=FAULT,
-            case="",
-            tried=len(mutants),
-            held=killed,
-            seed=None,
-            seconds=seconds,
-            whole=True,
-            remarks=[remark],
-        ).add(file)
+    sums = f"{killed} of {len(mutants)} killed, survived: {survivors}, errors: {errors}"
+    _say(f"{sums}, {time.monotonic() - start:.0f} s")
     return not survivors and not errors
 
 
@@ -206,7 +189,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.mutants", description=FAULT)
     parser.add_argument("--list", action="store_true", help="only print the names")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these alone")
-    parser.add_argument("--tried", default="", metavar="FILE", help="add what was tried to FILE")
     options = parser.parse_args()
     mutants = load()
     if unknown := set(options.only) - {mutant.name for mutant in mutants}:
@@ -217,7 +199,7 @@ def main() -> int:
         for mutant in mutants:
             _say(f"{mutant.name:55} {mutant.file}")
         return 0
-    return 0 if try_all(mutants, options.tried) else 1
+    return 0 if try_all(mutants) else 1
 
 
 if __name__ == "__main__":

@@ -88,6 +88,19 @@ class Stage:
         shows = output("overlayd", "enter", "own", "--", "cat", f"{self.target}/mine")
         assert self.service_sees() == (shows if told else "")
 
+    def kill(self, command: tuple[str, ...], number: int, how: tracing.Do) -> bool:
+        """Kill a command at a point of it, and check everything; say whether it came so far."""
+        self.prepare(COMMANDS[command])
+        outcome = run(command, tracing.at(number, how))
+        try:
+            assert outcome.acted is not None or outcome.code == 0, outcome.said
+            self.check()
+            self.clear()
+        except BaseException as error:
+            error.add_note(f"{command}: {how.value} {outcome.acted}")
+            raise
+        return outcome.acted is not None
+
     def clear(self) -> None:
         """Remove all; nothing may be left of it, and the service starts."""
         run(DETACH)
@@ -102,26 +115,12 @@ def main(source: str, target: str, first: int, every: int) -> None:
     """Kill all there is."""
     tracing.load()
     stage = Stage(source, target)
-    for command, before in COMMANDS.items():
+    for command in COMMANDS:
         count = 0
         for number in itertools.count(first, every):
-            acted = None
-            for how in (tracing.Do.KILL, tracing.Do.KILL_AFTER):
-                stage.prepare(before)
-                outcome = run(command, tracing.at(number, how))
-                acted = outcome.acted
-                try:
-                    assert acted is not None or outcome.code == 0, outcome.said
-                    stage.check()
-                    stage.clear()
-                except BaseException as error:
-                    error.add_note(f"{command}: {how.value} {acted}")
-                    raise
-                if acted is None:
-                    break
-                count += 1
-            if acted is None:
+            if not stage.kill(command, number, tracing.Do.KILL):
                 break
+            count += 1 + stage.kill(command, number, tracing.Do.KILL_AFTER)
         sys.stdout.write(f"{json.dumps([command[0], count])}\n")
 
 
